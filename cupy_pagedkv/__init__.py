@@ -1,0 +1,36 @@
+"""A paged KV cache for CuPy, and for NumPy where there is no GPU.
+
+>>> import numpy as np
+>>> from cupy_pagedkv import BlockAllocator, LayeredPagedKVCache
+>>> allocator = BlockAllocator(num_blocks=64, block_size=16)
+>>> cache = LayeredPagedKVCache(
+...     num_layers=2, num_blocks=64, block_size=16, num_kv_heads=4, head_dim=32, dtype="float16", device="cpu"
+... )
+>>> cache.allocate_blocks(20, allocator)
+>>> slots = cache.compute_slot_mapping(start=0, count=20)
+>>> key = value = np.ones((20, 4, 32), np.float16)
+>>> for layer in cache:
+...     layer.update(key, value, slots)
+>>> cache.set_seq_len(20)
+>>> k, v = cache[1].gather([cache.block_table_device_format(1)], [cache.seq_len])
+>>> k.shape
+(20, 4, 32)
+
+Data flows one way: ``cache`` → ``ops`` (all checks) → ``backend`` (the choice of device) → ``numpy_backend`` or
+``cuda_backend`` → ``kernels/*.cu``. Bookkeeping, in ``blocks``, stands beside it.
+"""
+
+from .blocks import BlockAllocator, BlockAllocatorStats, BlockTable, OutOfBlocksError
+from .cache import LayeredPagedKVCache, PagedKVCache
+from .ops import gather_cache, reshape_and_cache
+
+__all__ = [
+    "BlockAllocator",
+    "BlockAllocatorStats",
+    "BlockTable",
+    "LayeredPagedKVCache",
+    "OutOfBlocksError",
+    "PagedKVCache",
+    "gather_cache",
+    "reshape_and_cache",
+]

@@ -1,0 +1,105 @@
+"""The one place where a device is chosen: by name for new arrays, by the arrays for an operation.
+
+Environment, read when the package is imported:
+
+``CUPY_PAGEDKV_EMULATE=1``
+    NumPy arrays are worked on by the CUDA kernels, compiled for the host, instead of by NumPy.
+``CUPY_PAGEDKV_DEBUG=1``
+    Indices are checked on every device, and duplicate slots refused, at the price of waiting for a GPU's stream.
+"""
+
+import functools
+import os
+import sys
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from .cuda_backend import CudaBackend
+from .numpy_backend import NumpyBackend
+
+__all__ = ["Backend", "backend_of", "backend_on"]
+
+Backend: TypeAlias = NumpyBackend | CudaBackend
+
+EMULATE = os.environ.get("CUPY_PAGEDKV_EMULATE") == "1"
+DEBUG = os.environ.get("CUPY_PAGEDKV_DEBUG") == "1"
+
+_numpy = NumpyBackend()
+
+
+@functools.cache
+def _cuda() -> CudaBackend:
+    import cupy
+
+    return CudaBackend(cupy)
+
+
+@functools.cache
+def _emulated() -> CudaBackend:
+    from .emulator import EmulatedBackend
+
+    return EmulatedBackend()
+
+
+def _host() -> Backend:
+    return _emulated() if EMULATE else _numpy
+
+
+def backend_of(**arrays: Any) -> Backend:
+    """The backend that works where all of ``arrays`` are.
+
+    Raises ``TypeError`` for something that is no NumPy or CuPy array or a mixture of both, ``ValueError`` for arrays
+    on two GPUs.
+    """
+    if all(isinstance(array, np.ndarray) for array in arrays.values()):
+        return _host()
+    cupy = sys.modules.get("cupy")  # a CuPy array cannot exist where nobody imported CuPy
+    cupy_array = cupy.ndarray if cupy is not None else ()
+    for name, array in arrays.items():
+        if not isinstance(array, (np.ndarray, cupy_array)):
+            raise TypeError(f"{name} must be a NumPy or CuPy array, got {type(array).__name__}")
+    kinds = ", ".join(f"{name} is {type(array).__module__}.ndarray" for name, array in arrays.items())
+    if any(isinstance(array, np.ndarray) for array in arrays.values()):
+        raise TypeError(f"NumPy and CuPy arrays cannot be mixed in one call: {kinds}; move them to one device")
+    if len({array.device for array in arrays.values()}) > 1:
+        devices = ", ".join(f"{name} on {array.device}" for name, array in arrays.items())
+        raise ValueError(f"all arrays of a call must be on one GPU, got {devices}")
+    return _cuda()
+
+
+def backend_on(device: str | None) -> tuple[Backend, Any]:
+    """The backend for a device by name, and the device as that backend's arrays name it.
+
+    ``None`` is a GPU where one is usable and host memory otherwise (under ``CUPY_PAGEDKV_EMULATE=1`` always host
+    memory, which is what was asked to be emulated); ``"cpu"`` is host memory, ``"cuda"`` CuPy's current GPU and
+    ``"cuda:1"`` the second one. Raises ``ValueError`` for any other name and for a GPU that does not exist,
+    ``RuntimeError`` where no GPU is usable.
+    """
+    if (device is None and EMULATE) or device == "cpu":
+        return _host(), "cpu"
+    kind, _, index = ("cuda" if device is None else str(device)).partition(":")
+    if kind != "cuda" or (index and not index.isdecimal()) or str(device).endswith(":"):
+        raise ValueError(f"device must be None, 'cpu', 'cuda' or 'cuda:N', got {device!r}")
+    count, reason = _usable_gpus()
+    if count == 0:
+        if device is None:
+            return _host(), "cpu"
+        raise RuntimeError(f"device {device!r} was asked for, but {reason}; device='cpu' works everywhere")
+    backend = _cuda()
+    number = int(index) if index else backend.xp.cuda.runtime.getDevice()
+    if number >= count:
+        raise ValueError(f"device {device!r} was asked for, but CuPy sees {count} GPUs, cuda:0 to cuda:{count - 1}")
+    return backend, backend.xp.cuda.Device(number)
+
+
+def _usable_gpus() -> tuple[int, str]:
+    """How many GPUs CuPy can use, and why none, without creating a CUDA context."""
+    try:
+        import cupy
+    except ImportError as error:
+        return 0, f"CuPy cannot be imported ({error}); pip install 'cupy_pagedkv[cuda13x]'"
+    try:
+        return cupy.cuda.runtime.getDeviceCount(), "CuPy sees no GPU"
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return 0, f"CuPy cannot use a GPU ({error})"

@@ -1,0 +1,39 @@
+"""Element types: whatever NumPy knows of fixed size, and ``ml_dtypes`` by name where that package is there."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["as_dtype"]
+
+
+def as_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
+    """``numpy.dtype(dtype)`` that also takes the names ``"bfloat16"``, ``"float8_e4m3fn"``, … of ``ml_dtypes``.
+
+    >>> as_dtype("float16")
+    dtype('float16')
+
+    Raises ``TypeError`` for what is no dtype and for dtypes whose items are references, empty or arrays themselves:
+    their bytes cannot be copied one by one.
+    """
+    try:
+        result = np.dtype(dtype)
+    except TypeError:
+        result = _ml_dtype(dtype)
+    if result.hasobject or result.itemsize == 0 or result.subdtype is not None:
+        raise TypeError(f"expected a dtype with items of one fixed size, such as float16 or bfloat16, got {result!r}")
+    return result
+
+
+def _ml_dtype(name: Any) -> np.dtype[Any]:
+    try:
+        import ml_dtypes
+    except ImportError:
+        hint = "; bfloat16 and float8 types need the package ml_dtypes (pip install 'cupy_pagedkv[bf16]')"
+    else:
+        hint = ""
+        scalar = getattr(ml_dtypes, name, None) if isinstance(name, str) else None
+        if isinstance(scalar, type) and issubclass(scalar, np.generic):
+            return np.dtype(scalar)
+    raise TypeError(f"expected a dtype, got {name!r}{hint}")

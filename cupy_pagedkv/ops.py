@@ -1,0 +1,252 @@
+"""Scatter and gather between packed tokens and paged pools, on NumPy and CuPy arrays alike.
+
+>>> import numpy as np
+>>> k_cache, v_cache = np.zeros((2, 4, 8, 1, 2), np.float32)
+>>> key = value = np.array([[[1, 2]], [[3, 4]], [[5, 6]]], np.float32)
+>>> reshape_and_cache(key, value, k_cache, v_cache, slot_mapping=[7, -1, 8])
+>>> gathered, _ = gather_cache(k_cache, v_cache, block_tables=[[0, 1]], seq_lens=[9], seq_starts=[7])
+>>> gathered.tolist()
+[[[1.0, 2.0]], [[5.0, 6.0]]]
+
+Here is every check that does not depend on the device; a backend may rely on them.
+"""
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from . import backend as devices
+from .backend import Backend, backend_of
+
+__all__ = ["gather_cache", "reshape_and_cache"]
+
+Array: TypeAlias = Any
+"""A NumPy or CuPy array."""
+
+IndexArray: TypeAlias = Any
+"""A list, a NumPy array, or an array where the pools are; int32 or int64."""
+
+_INDEX_DTYPES = (np.dtype(np.int32), np.dtype(np.int64))
+
+
+def reshape_and_cache(key: Array, value: Array, k_cache: Array, v_cache: Array, slot_mapping: IndexArray) -> None:
+    """Write the K and V of new tokens to their slots, in place.
+
+    key, value
+        ``[num_tokens, num_kv_heads, head_dim]``, of any strides; ``value`` may have a ``head_dim`` of its own.
+    k_cache, v_cache
+        The pools, ``[num_blocks, block_size, num_kv_heads, head_dim]``, of the dtype of ``key`` and ``value``. Any
+        strides with a contiguous last axis: an HND pool is ``pool.transpose(0, 2, 1, 3)``. They must not overlap
+        ``key`` or ``value``.
+    slot_mapping
+        ``[num_tokens]``: token ``i`` goes to block ``slot // block_size``, offset ``slot % block_size``. A negative
+        slot is padding, and nothing is written. Which of two tokens for one slot wins is undefined.
+
+    Bytes are copied as they are. On a GPU the work is queued on CuPy's current stream, and a slot past the pool is
+    skipped; no check reads the device. On NumPy such a slot is an ``IndexError``, raised before anything is written.
+    ``CUPY_PAGEDKV_DEBUG=1`` brings that check to the GPU, and a ``ValueError`` for a slot that comes twice to both.
+
+    Raises ``TypeError`` for arguments that are no arrays, for NumPy mixed with CuPy and for dtypes that do not agree;
+    ``ValueError`` for shapes that do not agree, for two GPUs, and for pools that cannot be written.
+    """
+    backend = backend_of(key=key, value=value, k_cache=k_cache, v_cache=v_cache)
+    check_pools(k_cache, v_cache)
+    _check_writeable("k_cache", k_cache)
+    _check_writeable("v_cache", v_cache)
+    _check_tokens("key", key, "k_cache", k_cache)
+    _check_tokens("value", value, "v_cache", v_cache)
+    slots = _indices("slot_mapping", slot_mapping, 1, backend, k_cache)
+    if not len(key) == len(value) == len(slots):
+        raise ValueError(
+            "key, value and slot_mapping must have one entry for each token, "
+            f"got {len(key)}, {len(value)} and {len(slots)}"
+        )
+    if not len(key):
+        return
+    if backend.checks_indices or devices.DEBUG:
+        _check_slots(_asnumpy(slots, backend), k_cache.shape[0] * k_cache.shape[1])
+    backend.reshape_and_cache(key, value, k_cache, v_cache, _on_device(slots, backend, k_cache))
+
+
+def gather_cache(
+    k_cache: Array,
+    v_cache: Array,
+    block_tables: IndexArray,
+    seq_lens: IndexArray,
+    *,
+    seq_starts: IndexArray | None = None,
+    out: tuple[Array, Array] | None = None,
+) -> tuple[Array, Array]:
+    """Copy the K and V of sequences out of the pools: ``(key, value)``, packed in the order of the sequences.
+
+    k_cache, v_cache
+        The pools, as in :func:`reshape_and_cache`.
+    block_tables
+        ``[num_seqs, max_blocks]``. Only the entries that a sequence needs are looked at.
+    seq_lens, seq_starts
+        ``[num_seqs]``: of sequence ``i`` the positions ``seq_starts[i]`` … ``seq_lens[i] − 1`` are copied;
+        ``seq_starts`` is all zeros by default. Host values, since the size of the result hangs on them; with ``out``
+        they may be arrays where the pools are.
+    out
+        ``(key, value)``, of at least as many rows as are copied and of any strides; further rows stay as they are.
+        It is returned. Without it both arrays are new: ``[sum(seq_lens − seq_starts), num_kv_heads, head_dim]``.
+
+    On a GPU the work is queued on CuPy's current stream; with ``out`` and all indices on the device, nothing is
+    allocated or transferred, and a CUDA graph can capture the call. Rows whose block is not in the pool come out as
+    zeros there, and rows that ``out`` has no place for are dropped. On NumPy, and everywhere under
+    ``CUPY_PAGEDKV_DEBUG=1``, such a block is an ``IndexError``, raised before anything is written.
+
+    Raises ``TypeError`` and ``ValueError`` as :func:`reshape_and_cache` does, and ``ValueError`` for host lengths that
+    are negative, below their start, beyond the table, or more than ``out`` holds.
+    """
+    names = {"k_cache": k_cache, "v_cache": v_cache}
+    if out is not None:
+        if not (isinstance(out, tuple) and len(out) == 2):
+            raise TypeError(f"out must be a tuple (key, value), got {type(out).__name__}")
+        names |= {"out[0]": out[0], "out[1]": out[1]}
+    backend = backend_of(**names)
+    check_pools(k_cache, v_cache)
+    tables = _indices("block_tables", block_tables, 2, backend, k_cache)
+    lens = _indices("seq_lens", seq_lens, 1, backend, k_cache)
+    starts = None if seq_starts is None else _indices("seq_starts", seq_starts, 1, backend, k_cache)
+    for name, array in (("block_tables", tables), ("seq_starts", starts)):
+        if array is not None and len(array) != len(lens):
+            raise ValueError(f"{name} must have one entry for each of {len(lens)} seq_lens, got {len(array)}")
+    if out is not None:
+        for name, array, pool in (("out[0]", out[0], k_cache), ("out[1]", out[1], v_cache)):
+            _check_tokens(name, array, "the pool", pool)
+            _check_writeable(name, array)
+        if len(out[0]) != len(out[1]):
+            raise ValueError(f"out must have as many rows for key as for value, got {len(out[0])} and {len(out[1])}")
+
+    num_rows = None if out is None else len(out[0])
+    on_host = isinstance(lens, np.ndarray) and (starts is None or isinstance(starts, np.ndarray))
+    if on_host or devices.DEBUG:
+        host_lens = _asnumpy(lens, backend)
+        host_starts = np.zeros_like(host_lens) if starts is None else _asnumpy(starts, backend)
+        total = _check_lengths(host_lens, host_starts, tables.shape[1] * k_cache.shape[1])
+        if num_rows is not None and total > num_rows:
+            raise ValueError(f"out has {num_rows} rows, but the sequences have {total} tokens to copy")
+        if backend.checks_indices or devices.DEBUG:
+            _check_blocks(_asnumpy(tables, backend), host_lens, host_starts, *k_cache.shape[:2])
+        num_rows = total
+    elif num_rows is None:
+        raise TypeError(
+            "seq_lens and seq_starts must be lists or NumPy arrays, since the size of the result hangs on them; "
+            "to keep them on the GPU, give out=(key, value)"
+        )
+
+    if out is None:
+        key, value = (
+            backend.empty((num_rows, *pool.shape[2:]), pool.dtype, pool.device) for pool in (k_cache, v_cache)
+        )
+        out = key, value
+    if num_rows and len(lens):
+        tables, lens = _on_device(tables, backend, k_cache), _on_device(lens, backend, k_cache)
+        starts = None if starts is None else _on_device(starts, backend, k_cache)
+        backend.gather_cache(out[0][:num_rows], out[1][:num_rows], k_cache, v_cache, tables, lens, starts)
+    return out
+
+
+def _indices(name: str, values: IndexArray, ndim: int, backend: Backend, pool: Array) -> Array:
+    """``values`` as an array of int32 or int64: as it is where the pools are, else a NumPy array."""
+    if isinstance(values, backend.ndarray):
+        array: Any = values
+        if array.device != pool.device:
+            raise ValueError(f"{name} must be where the pools are, on {pool.device}, got one on {array.device}")
+    else:
+        try:
+            array = np.asarray(values)
+        except (TypeError, ValueError) as error:
+            raise type(error)(
+                f"{name} must be a list (rows of one length), a NumPy array or an array where the pools are: {error}"
+            ) from None
+        if array.size == 0 and not isinstance(values, np.ndarray):  # an empty list came out as float64 [0]
+            array = array.astype(np.int64).reshape(array.shape if array.ndim == ndim else (0,) * ndim)
+    if array.dtype not in _INDEX_DTYPES:
+        raise TypeError(f"{name} must be int32 or int64, got {array.dtype}")
+    if array.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} {'axis' if ndim == 1 else 'axes'}, got shape {array.shape}")
+    return array
+
+
+def _asnumpy(array: Array, backend: Backend) -> np.ndarray:
+    return array if isinstance(array, np.ndarray) else backend.asnumpy(array)
+
+
+def _on_device(array: Array, backend: Backend, pool: Array) -> Array:
+    return backend.from_numpy(array, pool.device) if isinstance(array, np.ndarray) else array
+
+
+def check_pools(k_cache: Array, v_cache: Array) -> None:
+    for name, pool in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if pool.ndim != 4 or 0 in pool.shape:
+            raise ValueError(
+                f"{name} must be [num_blocks, block_size, num_kv_heads, head_dim], none of them 0, got {pool.shape}"
+            )
+        if pool.dtype.hasobject:
+            raise TypeError(f"{name} must have items of fixed size, got {pool.dtype}")
+        if pool.shape[3] > 1 and pool.strides[3] != pool.itemsize:
+            raise ValueError(
+                f"the last axis of {name} must be contiguous, got strides {pool.strides} for {pool.dtype}; "
+                "pass a view whose last axis is head_dim, such as pool.transpose(0, 2, 1, 3) of an HND pool"
+            )
+    if k_cache.shape[:3] != v_cache.shape[:3]:
+        raise ValueError(
+            "k_cache and v_cache must agree in num_blocks, block_size and num_kv_heads, "
+            f"got {k_cache.shape} and {v_cache.shape}"
+        )
+
+
+def _check_tokens(name: str, tokens: Array, pool_name: str, pool: Array) -> None:
+    if tokens.ndim != 3 or tokens.shape[1:] != pool.shape[2:]:
+        raise ValueError(
+            f"{name} must be [num_tokens, {pool.shape[2]}, {pool.shape[3]}], as {pool_name} is {pool.shape}, "
+            f"got {tokens.shape}"
+        )
+    if tokens.dtype != pool.dtype:
+        raise TypeError(f"{name} must have the dtype of {pool_name}, {pool.dtype}, got {tokens.dtype}")
+
+
+def _check_writeable(name: str, array: Array) -> None:
+    if isinstance(array, np.ndarray) and not array.flags.writeable:
+        raise ValueError(f"{name} must be writeable, got a read-only array")
+
+
+def _check_slots(slots: npt.NDArray[Any], num_slots: int) -> None:
+    if (slots >= num_slots).any():
+        token = int(np.argmax(slots >= num_slots))
+        raise IndexError(f"slot_mapping[{token}] is {slots[token]}, but the pool has slots 0 to {num_slots - 1}")
+    if devices.DEBUG:
+        distinct, counts = np.unique(slots[slots >= 0], return_counts=True)
+        if (counts > 1).any():
+            slot = distinct[np.argmax(counts > 1)]
+            tokens = np.flatnonzero(slots == slot).tolist()
+            raise ValueError(f"slot {slot} comes more than once in slot_mapping, for tokens {tokens}")
+
+
+def _check_lengths(lens: npt.NDArray[Any], starts: npt.NDArray[Any], capacity: int) -> int:
+    """The number of tokens to copy, if every sequence fits its row of the table."""
+    wrong = (starts < 0) | (lens < starts) | (lens > capacity)
+    if wrong.any():
+        i = int(np.argmax(wrong))
+        raise ValueError(
+            f"0 <= seq_starts <= seq_lens <= {capacity} must hold, the tokens that a row of block_tables has blocks "
+            f"for; sequence {i} has seq_starts {starts[i]} and seq_lens {lens[i]}"
+        )
+    return int((lens - starts).sum(dtype=np.int64))
+
+
+def _check_blocks(
+    tables: npt.NDArray[Any], lens: npt.NDArray[Any], starts: npt.NDArray[Any], num_blocks: int, block_size: int
+) -> None:
+    columns = np.arange(tables.shape[1])
+    needed = (columns >= starts[:, None] // block_size) & (columns < -(-lens[:, None] // block_size))
+    wrong = needed & (starts < lens)[:, None] & ((tables < 0) | (tables >= num_blocks))
+    if wrong.any():
+        i, column = np.argwhere(wrong)[0].tolist()
+        raise IndexError(
+            f"block_tables[{i}, {column}] is {tables[i, column]}, but the pool has blocks 0 to {num_blocks - 1}; "
+            f"sequence {i} needs it for positions {starts[i]} to {lens[i] - 1}"
+        )

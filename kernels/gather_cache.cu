@@ -1,0 +1,133 @@
+// gather_cache: copy the K and V of sequences out of the paged pools, packed, in logical order.
+//
+// Contract   Positions [seq_starts[i], seq_lens[i]) of sequence i, for i = 0, 1, ... in turn, become the rows of key and
+//            value. Position p is k_cache[block_tables[i][p / BLOCK_SIZE]][p % BLOCK_SIZE]; table entries past a
+//            sequence's need are not read. Rows past the total are left alone, rows past num_rows are dropped. A row
+//            whose block is not in the table or not in the pool is zeros: nothing outside the pool is ever read.
+//            seq_starts may be null: all sequences start at 0. Negative starts and lengths count as 0.
+// Layout     All strides are in bytes; a row is HEADS x RUNS x RUN accesses, as in reshape_and_cache.cu.
+// Launch     Grid (x, 2): y = 0 copies K, y = 1 copies V. A segment is the part of one block that one sequence needs;
+//            blocks of whole warps, one warp for each slice of 32 * UNROLL accesses of a segment. The host need not
+//            know the lengths: warps past the last segment return, so x only has to be large enough.
+// Defined by the launch code: TABLE_T, LENS_T, STARTS_T, ACCESS_T, UNROLL, BLOCK_SIZE, K_HEADS, K_RUNS, K_RUN,
+//            V_HEADS, V_RUNS, V_RUN.
+//
+// The lengths are summed here, by each warp for itself, so that a captured CUDA graph can replay with new ones and
+// needs no scratch memory. A warp narrows num_seqs sequences to its own by a factor of 32 a round; the first round
+// reads every length once, 32 at a time. A block-table entry is read once a slice.
+
+constexpr unsigned ALL = 0xffffffffu;
+
+// The positions that one sequence contributes, and the blocks they lie in.
+struct Extent {
+    long long start, end, first_block, num_blocks;
+};
+
+__device__ __forceinline__ Extent extent_of(
+    long long seq, const char* seq_lens, long long lens_stride, const char* seq_starts, long long starts_stride)
+{
+    const long long start = seq_starts ? (long long)*(const STARTS_T*)(seq_starts + seq * starts_stride) : 0;
+    const long long end = *(const LENS_T*)(seq_lens + seq * lens_stride);
+    Extent e;
+    e.start = start > 0 ? start : 0;
+    e.end = end > e.start ? end : e.start;
+    e.first_block = e.start / BLOCK_SIZE;
+    e.num_blocks = e.end > e.start ? (e.end - 1) / BLOCK_SIZE - e.first_block + 1 : 0;
+    return e;
+}
+
+template <int HEADS, int RUNS, int RUN>
+__device__ __forceinline__ void gather_segment(
+    char* __restrict__ rows, long long token_stride, long long head_stride, long long dim_stride,
+    const char* __restrict__ pool, long long block_stride, long long slot_stride, long long pool_head_stride,
+    const char* __restrict__ block_tables, long long table_stride, long long entry_stride, long long max_blocks,
+    const char* __restrict__ seq_lens, long long lens_stride,
+    const char* __restrict__ seq_starts, long long starts_stride,
+    long long num_seqs, long long num_rows, long long num_blocks)
+{
+    constexpr int ROW = HEADS * RUNS * RUN;
+    constexpr int SLICES = (BLOCK_SIZE * ROW + 32 * UNROLL - 1) / (32 * UNROLL);
+    const long long warp = blockIdx.x * (long long)(blockDim.x / 32) + threadIdx.x / 32;
+    const int lane = threadIdx.x % 32;
+    long long segment = warp / SLICES;  // counted from the first of the `count` sequences from `seq` on
+    long long seq = 0, count = num_seqs, row = 0;
+
+    while (count > 1) {
+        const long long share = (count + 31) / 32;
+        const long long mine = lane * share;
+        long long segments = 0, positions = 0;
+        for (long long i = mine; i < mine + share && i < count; ++i) {
+            const Extent e = extent_of(seq + i, seq_lens, lens_stride, seq_starts, starts_stride);
+            segments += e.num_blocks;
+            positions += e.end - e.start;
+        }
+        long long segments_through = segments, positions_through = positions;
+#pragma unroll
+        for (int d = 1; d < 32; d *= 2) {
+            const long long s = __shfl_up_sync(ALL, segments_through, d);
+            const long long p = __shfl_up_sync(ALL, positions_through, d);
+            if (lane >= d) segments_through += s, positions_through += p;
+        }
+        const unsigned holders = __ballot_sync(ALL, segments_through > segment);
+        if (!holders) return;
+        const int holder = __ffs(holders) - 1;
+        segment -= __shfl_sync(ALL, segments_through - segments, holder);
+        row += __shfl_sync(ALL, positions_through - positions, holder);
+        seq += holder * share;
+        count = min(share, count - holder * share);
+    }
+    const Extent e = extent_of(seq, seq_lens, lens_stride, seq_starts, starts_stride);
+    if (segment >= e.num_blocks) return;
+
+    const long long column = e.first_block + segment;
+    const long long position = max(e.start, column * BLOCK_SIZE);
+    const long long end = min(e.end, (column + 1) * BLOCK_SIZE);
+    row += position - e.start;
+    const int offset = (int)(position % BLOCK_SIZE);
+    if (row < 0 || row >= num_rows) return;
+    const int accesses = (int)min(end - position, num_rows - row) * ROW;
+    const int first = (int)(warp % SLICES) * (32 * UNROLL) + lane;
+
+    long long block = -1;
+    if (column < max_blocks)
+        block = *(const TABLE_T*)(block_tables + seq * table_stride + column * entry_stride);
+    const bool inside = block >= 0 && block < num_blocks;
+    const char* src = pool + (inside ? block * block_stride : 0) + offset * slot_stride;
+    char* dst = rows + row * token_stride;
+
+    ACCESS_T loaded[UNROLL];
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+        const int i = first + u * 32, token = i / ROW, head = i % ROW / (RUN * RUNS);
+        loaded[u] = ACCESS_T();
+        if (inside && i < accesses)
+            loaded[u] = *(const ACCESS_T*)(src + token * slot_stride + head * pool_head_stride
+                                           + i % (RUN * RUNS) * (int)sizeof(ACCESS_T));
+    }
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+        const int i = first + u * 32, token = i / ROW, run = i % ROW / RUN, head = run / RUNS;
+        if (i < accesses)
+            *(ACCESS_T*)(dst + token * token_stride + head * head_stride + run % RUNS * dim_stride
+                         + i % RUN * (int)sizeof(ACCESS_T)) = loaded[u];
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(128) gather_cache(
+    char* key, long long key_token, long long key_head, long long key_dim,
+    char* value, long long value_token, long long value_head, long long value_dim,
+    const char* k_cache, long long k_block, long long k_slot, long long k_head,
+    const char* v_cache, long long v_block, long long v_slot, long long v_head,
+    const char* block_tables, long long table_stride, long long entry_stride, long long max_blocks,
+    const char* seq_lens, long long lens_stride, const char* seq_starts, long long starts_stride,
+    long long num_seqs, long long num_rows, long long num_blocks)
+{
+    if (blockIdx.y == 0)
+        gather_segment<K_HEADS, K_RUNS, K_RUN>(
+            key, key_token, key_head, key_dim, k_cache, k_block, k_slot, k_head, block_tables, table_stride,
+            entry_stride, max_blocks, seq_lens, lens_stride, seq_starts, starts_stride, num_seqs, num_rows, num_blocks);
+    else
+        gather_segment<V_HEADS, V_RUNS, V_RUN>(
+            value, value_token, value_head, value_dim, v_cache, v_block, v_slot, v_head, block_tables, table_stride,
+            entry_stride, max_blocks, seq_lens, lens_stride, seq_starts, starts_stride, num_seqs, num_rows, num_blocks);
+}

@@ -1,0 +1,64 @@
+// reshape_and_cache: scatter the K and V of new tokens to their slots in the paged pools.
+//
+// Contract   For every token t < num_tokens with 0 <= slot_mapping[t] < num_slots, row t of key becomes
+//            k_cache[slot / BLOCK_SIZE][slot % BLOCK_SIZE], and row t of value the same place of v_cache. Any other
+//            slot writes nothing. Bytes move, not numbers. If one slot comes twice, either row may win.
+// Layout     All strides are in bytes. A row of K is K_HEADS x K_RUNS runs of K_RUN accesses of sizeof(ACCESS_T) bytes:
+//            a run is contiguous on both sides, runs of a head are key_dim apart in key and adjacent in the pool,
+//            heads are key_head and k_head apart. The host merges what it can, so that the common row is one run.
+//            The same for V. Every address that the strides reach is a multiple of sizeof(ACCESS_T).
+// Launch     Grid (x, 2): y = 0 copies K, y = 1 copies V. Blocks of whole warps, one warp for each slice of
+//            32 * UNROLL accesses of a row; x * warps a block >= num_tokens * slices of the longer row.
+// Defined by the launch code: SLOT_T, ACCESS_T, UNROLL, BLOCK_SIZE, K_HEADS, K_RUNS, K_RUN, V_HEADS, V_RUNS, V_RUN.
+//
+// A warp reads its slot once and has up to UNROLL loads in flight before its first store; the loads do not wait for
+// the slot. BLOCK_SIZE and the row are constants, so no division is left but multiplications and shifts.
+
+template <int HEADS, int RUNS, int RUN>
+__device__ __forceinline__ void scatter_rows(
+    const char* __restrict__ rows, long long token_stride, long long head_stride, long long dim_stride,
+    char* __restrict__ pool, long long block_stride, long long slot_stride, long long pool_head_stride,
+    const char* __restrict__ slot_mapping, long long slot_mapping_stride, long long num_tokens, long long num_slots)
+{
+    constexpr int ROW = HEADS * RUNS * RUN;
+    constexpr int SLICES = (ROW + 32 * UNROLL - 1) / (32 * UNROLL);
+    const long long warp = blockIdx.x * (long long)(blockDim.x / 32) + threadIdx.x / 32;
+    const long long token = warp / SLICES;
+    const int first = (int)(warp % SLICES) * (32 * UNROLL) + threadIdx.x % 32;
+    if (token >= num_tokens) return;
+
+    const long long slot = *(const SLOT_T*)(slot_mapping + token * slot_mapping_stride);
+    const char* src = rows + token * token_stride;
+    ACCESS_T loaded[UNROLL];
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+        const int i = first + u * 32, run = i / RUN, head = run / RUNS;
+        if (i < ROW)
+            loaded[u] = *(const ACCESS_T*)(src + head * head_stride + run % RUNS * dim_stride
+                                           + i % RUN * (int)sizeof(ACCESS_T));
+    }
+
+    if (slot < 0 || slot >= num_slots) return;
+    char* dst = pool + slot / BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * slot_stride;
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+        const int i = first + u * 32, head = i / (RUN * RUNS);
+        if (i < ROW)
+            *(ACCESS_T*)(dst + head * pool_head_stride + i % (RUN * RUNS) * (int)sizeof(ACCESS_T)) = loaded[u];
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(128) reshape_and_cache(
+    const char* key, long long key_token, long long key_head, long long key_dim,
+    const char* value, long long value_token, long long value_head, long long value_dim,
+    char* k_cache, long long k_block, long long k_slot, long long k_head,
+    char* v_cache, long long v_block, long long v_slot, long long v_head,
+    const char* slot_mapping, long long slot_mapping_stride, long long num_tokens, long long num_slots)
+{
+    if (blockIdx.y == 0)
+        scatter_rows<K_HEADS, K_RUNS, K_RUN>(key, key_token, key_head, key_dim, k_cache, k_block, k_slot, k_head,
+                                             slot_mapping, slot_mapping_stride, num_tokens, num_slots);
+    else
+        scatter_rows<V_HEADS, V_RUNS, V_RUN>(value, value_token, value_head, value_dim, v_cache, v_block, v_slot, v_head,
+                                             slot_mapping, slot_mapping_stride, num_tokens, num_slots);
+}
