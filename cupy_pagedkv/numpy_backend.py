@@ -59,12 +59,11 @@ class NumpyBackend:
         self, key: _Array, value: _Array, k_cache: _Array, v_cache: _Array, slot_mapping: _Array
     ) -> None:
         written = slot_mapping >= 0  # a negative index would be a place counted from the end
-        if not written.all():
-            key, value, slot_mapping = key[written], value[written], slot_mapping[written]
-        blocks, offsets = np.divmod(slot_mapping, k_cache.shape[1])
+        some_skipped = not written.all()
+        blocks, offsets = np.divmod(slot_mapping[written] if some_skipped else slot_mapping, k_cache.shape[1])
         for tokens, pool in ((key, k_cache), (value, v_cache)):
             rows, slots = _opaque(tokens, pool)
-            slots[blocks, offsets] = rows
+            slots[blocks, offsets] = rows[written] if some_skipped else rows
 
     def gather_cache(
         self,

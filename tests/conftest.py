@@ -1,0 +1,107 @@
+"""One suite for three devices: the ``device`` fixture runs a test on NumPy, on the emulated device and on a GPU."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cupy_pagedkv.backend as backend
+import cupy_pagedkv.emulator as emulator
+from cupy_pagedkv.numpy_backend import NumpyBackend
+
+specialisations: set[tuple[str, tuple[tuple[str, str | int], ...]]] = set()
+"""(kernel, defines) of every kernel that was launched on the emulated device so far."""
+
+_build_kernel = emulator.EmulatedBackend._build_kernel
+
+
+def _recording_build_kernel(self: Any, name: str, defines: Any) -> Any:
+    specialisations.add((name, defines))
+    return _build_kernel(self, name, defines)
+
+
+emulator.EmulatedBackend._build_kernel = _recording_build_kernel
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Compiling what the other tests used has to come after them."""
+    items.sort(key=lambda item: "test_compilation" in item.nodeid)
+
+
+class Device:
+    """Where a test's arrays live, and how they get there and back."""
+
+    def __init__(self, name: str, xp: Any) -> None:
+        self.name = name
+        self.xp = xp
+        self.of_caches = "cuda" if name == "cupy" else "cpu"  # the `device` argument of a cache
+
+    @property
+    def checks_indices(self) -> bool:
+        return self.name == "numpy"
+
+    def array(self, host: np.ndarray) -> Any:
+        """A contiguous copy on the device."""
+        if self.name != "cupy":
+            return host.view(f"V{host.itemsize}").copy().view(host.dtype)  # padding between fields, too
+        # Through bytes, because CuPy does not make arrays of every dtype from NumPy's.
+        flat = self.xp.asarray(np.ascontiguousarray(host).reshape(-1).view(np.uint8))
+        return flat.view(host.dtype).reshape(host.shape)
+
+    def numpy(self, array: Any) -> np.ndarray:
+        """A host copy of an array that must be where this device's arrays are."""
+        assert type(array) is self.xp.ndarray, f"expected an array on {self.name}, got {type(array)}"
+        if self.name != "cupy":
+            return array.copy()
+        flat = self.xp.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        return self.xp.asnumpy(flat).view(array.dtype).reshape(array.shape)
+
+
+def _gpu_reason() -> str | None:
+    count, reason = backend._usable_gpus()
+    return None if count else reason
+
+
+@pytest.fixture(params=["numpy", "emulated", "cupy"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    yield from _device(request.param, monkeypatch)
+
+
+@pytest.fixture(params=["emulated", "cupy"])
+def kernel_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    """A device that runs the kernels."""
+    yield from _device(request.param, monkeypatch)
+
+
+def _device(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    monkeypatch.setattr(backend, "EMULATE", name == "emulated")
+    monkeypatch.setattr(backend, "DEBUG", False)
+    if name != "numpy":
+        # Work that silently falls back to NumPy fails the test.
+        for operation in ("reshape_and_cache", "gather_cache"):
+            monkeypatch.setattr(NumpyBackend, operation, None)
+    if name == "cupy":
+        if (reason := _gpu_reason()) is not None:
+            pytest.skip(f"no GPU: {reason}")
+        import cupy
+
+        yield Device(name, cupy)
+    else:
+        yield Device(name, np)
+
+
+@pytest.fixture
+def debug(device: Device, monkeypatch: pytest.MonkeyPatch) -> Device:
+    """The device under CUPY_PAGEDKV_DEBUG=1."""
+    monkeypatch.setattr(backend, "DEBUG", True)
+    return device
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Seeded by the test's name without its device, so that every device sees the same numbers."""
+    name = request.node.nodeid
+    for device_name in ("numpy", "emulated", "cupy"):
+        name = name.replace(device_name, "")
+    return np.random.default_rng(list(name.encode()))

@@ -1,0 +1,71 @@
+"""What the operations must do, as plain loops over bytes, and the memory that they do it in."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+Pools = Callable[[Any], tuple[Any, Any]]
+"""From a buffer of bytes to the views of it that are k_cache and v_cache."""
+
+
+def random_bytes(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Bytes that do not repeat where a block, a page or a power of two does."""
+    period = rng.integers(0, 256, 1_048_573, dtype=np.uint8)
+    return np.resize(period, size)
+
+
+def random_array(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Any bytes, so NaNs of every payload."""
+    dtype = np.dtype(dtype)
+    return rng.integers(0, 256, (*shape, dtype.itemsize), dtype=np.uint8).view(dtype)[..., 0]
+
+
+def pools(
+    layout: str, num_blocks: int, block_size: int, heads: int, dim: int, dtype: Any, v_dim: int = 0, first: int = 0
+) -> tuple[int, Pools]:
+    """The bytes that pools of a layout take, and how to find the pools in a buffer of so many.
+
+    ``first`` elements come before the pools, and 64 bytes that belong to nobody come last.
+    """
+    dtype = np.dtype(dtype)
+    v_dim = v_dim or dim
+    k_size, v_size = (num_blocks * block_size * heads * d for d in (dim, v_dim))
+
+    def views(buffer: Any) -> tuple[Any, Any]:
+        elements = buffer[first * dtype.itemsize : (first + k_size + v_size) * dtype.itemsize].view(dtype)
+        if layout == "interleaved":
+            both = elements.reshape(num_blocks, 2, block_size, heads, dim)
+            return both[:, 0], both[:, 1]
+        if layout == "packed":
+            both = elements.reshape(num_blocks, block_size, heads, dim + v_dim)
+            return both[..., :dim], both[..., dim:]
+        k, v = elements[:k_size], elements[k_size:]
+        if layout == "HND":
+            k, v = k.reshape(num_blocks, heads, block_size, dim), v.reshape(num_blocks, heads, block_size, v_dim)
+            return k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        assert layout == "NHD"
+        return k.reshape(num_blocks, block_size, heads, dim), v.reshape(num_blocks, block_size, heads, v_dim)
+
+    return (first + k_size + v_size) * dtype.itemsize + 64, views
+
+
+def opaque(array: np.ndarray) -> np.ndarray:
+    """The same memory as items without a meaning, which NumPy copies and compares as bytes."""
+    return array.view(f"V{array.itemsize}")
+
+
+def scatter(tokens: np.ndarray, pool: np.ndarray, slots: Sequence[int]) -> None:
+    tokens, pool = opaque(tokens), opaque(pool)
+    for token, slot in enumerate(slots):
+        if slot >= 0:
+            pool[slot // pool.shape[1], slot % pool.shape[1]] = tokens[token]
+
+
+def gather(pool: np.ndarray, tables: Any, lens: Sequence[int], starts: Sequence[int]) -> np.ndarray:
+    rows = [
+        pool[tables[i][position // pool.shape[1]], position % pool.shape[1]]
+        for i in range(len(lens))
+        for position in range(starts[i], lens[i])
+    ]
+    return np.array(rows, pool.dtype).reshape(len(rows), *pool.shape[2:])
