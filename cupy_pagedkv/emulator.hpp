@@ -6,7 +6,6 @@
 // each to its end; where it has one (EMULATED_FIBERS), each thread is a fiber that a collective call suspends.
 
 #pragma once
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -21,15 +20,14 @@
 #define __launch_bounds__(...)
 #define __shared__ static thread_local  // a host thread runs one block at a time
 
-using std::max;
-using std::min;
-
 struct dim3 { unsigned x, y, z; };
 struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 
 static thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
+template <class T> T min(T a, T b) { return b < a ? b : a; }
+template <class T> T max(T a, T b) { return a < b ? b : a; }
 template <class T> T __ldg(const T* p) { return *p; }
 inline int __ffs(unsigned x) { return __builtin_ffs((int)x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
@@ -51,11 +49,13 @@ inline unsigned threads_of_block() { return blockDim.x * blockDim.y * blockDim.z
 
 #include <ucontext.h>
 
-#include <vector>
-
 namespace emulated {
 
-constexpr std::size_t STACK_BYTES = 64 * 1024;
+struct Fiber {
+    ucontext_t context;
+    bool done;
+    alignas(16) char stack[64 * 1024];
+};
 
 struct Warp {
     unsigned mask, arrived;          // of the collective that its lanes are in
@@ -63,69 +63,74 @@ struct Warp {
     std::uint64_t exchanged[2][32];  // by parity of `completed`: a lane may be at the next while others still read
 };
 
-struct Fibers {
+// The block that runs.
+static thread_local struct {
     ucontext_t scheduler;
-    std::vector<ucontext_t> contexts;
-    std::vector<char> stacks;
-    std::vector<bool> done;
-    std::vector<Warp> warps;
-    unsigned current, at_barrier;
-    unsigned long long barriers;
-    bool progress;  // whether something happened that may let a waiting thread go on
+    Fiber* fibers;
+    Warp* warps;
+    unsigned current;               // thread
+    unsigned at_barrier;            // threads that wait in __syncthreads
+    unsigned long long barriers;    // completed so far
+    bool progress;                  // whether something happened that may let a waiting thread go on
     void (*kernel)(void* arguments);
     void* arguments;
-};
-static thread_local Fibers fibers;
+} block;
 
-inline void suspend() {
-    const unsigned self = fibers.current;
-    swapcontext(&fibers.contexts[self], &fibers.scheduler);
-}
+inline void suspend() { swapcontext(&block.fibers[block.current].context, &block.scheduler); }
 
 inline void fiber_main() {
-    fibers.kernel(fibers.arguments);
-    fibers.done[fibers.current] = fibers.progress = true;
+    block.kernel(block.arguments);
+    block.fibers[block.current].done = block.progress = true;
     suspend();
 }
 
-// Runs the threads of one block, in turns, until all are done or none can go on.
+// Runs the threads of the block in turns, until all are done or none can go on.
 inline void run_block(void (*kernel)(void*), void* arguments) {
     const unsigned n = threads_of_block();
-    fibers.kernel = kernel;
-    fibers.arguments = arguments;
-    fibers.contexts.resize(n);
-    fibers.stacks.resize(n * STACK_BYTES);
-    fibers.done.assign(n, false);
-    fibers.warps.assign((n + 31) / 32, Warp());
-    fibers.at_barrier = 0;
+    block.kernel = kernel;
+    block.arguments = arguments;
+    block.at_barrier = 0;
+    std::memset(block.warps, 0, (n + 31) / 32 * sizeof(Warp));
     for (unsigned i = 0; i < n; ++i) {
-        ucontext_t& context = fibers.contexts[i];
-        getcontext(&context);
-        context.uc_stack.ss_sp = &fibers.stacks[i * STACK_BYTES];
-        context.uc_stack.ss_size = STACK_BYTES;
-        context.uc_link = nullptr;
-        makecontext(&context, fiber_main, 0);
+        Fiber& fiber = block.fibers[i];
+        fiber.done = false;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack;
+        fiber.context.uc_stack.ss_size = sizeof fiber.stack;
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, fiber_main, 0);
     }
     do {
-        fibers.progress = false;
+        block.progress = false;
         for (unsigned i = 0; i < n && !error[0]; ++i) {
-            if (fibers.done[i]) continue;
-            fibers.current = i;
+            if (block.fibers[i].done) continue;
+            block.current = i;
             become(i);
-            swapcontext(&fibers.scheduler, &fibers.contexts[i]);
+            swapcontext(&block.scheduler, &block.fibers[i].context);
         }
-    } while (fibers.progress && !error[0]);
+    } while (block.progress && !error[0]);
     for (unsigned i = 0; i < n && !error[0]; ++i)
-        if (!fibers.done[i])
+        if (!block.fibers[i].done)
             std::snprintf(error, sizeof error,
                           "thread %u of block (%u, %u, %u) waits at a barrier or collective that others never reach",
                           i, blockIdx.x, blockIdx.y, blockIdx.z);
 }
 
+struct Memory {
+    Memory() {
+        block.fibers = new Fiber[threads_of_block()];
+        block.warps = new Warp[(threads_of_block() + 31) / 32];
+    }
+    ~Memory() {
+        delete[] block.fibers;
+        delete[] block.warps;
+    }
+};
+
 // Suspends the lane until every lane of `mask` has come; returns which half of `exchanged` they used.
 inline int meet(unsigned mask) {
-    const unsigned lane = fibers.current % 32;
-    Warp& warp = fibers.warps[fibers.current / 32];
+    const unsigned lane = block.current % 32;
+    Warp& warp = block.warps[block.current / 32];
     const unsigned long long round = warp.completed;
     if (!(mask >> lane & 1) || (warp.arrived && warp.mask != mask))
         std::snprintf(error, sizeof error, "lane %u came to a collective with mask %08x, which leaves it out or is not "
@@ -135,7 +140,7 @@ inline int meet(unsigned mask) {
     if (warp.arrived == mask) {
         warp.arrived = 0;
         ++warp.completed;
-        fibers.progress = true;
+        block.progress = true;
     }
     while (warp.completed == round || error[0]) suspend();
     return round % 2;
@@ -143,26 +148,26 @@ inline int meet(unsigned mask) {
 
 template <class T> T exchange(unsigned mask, T value, int source) {
     static_assert(sizeof(T) <= 8, "a shuffle moves at most 8 bytes");
-    Warp& warp = fibers.warps[fibers.current / 32];
-    std::memcpy(&warp.exchanged[warp.completed % 2][fibers.current % 32], &value, sizeof value);
+    Warp& warp = block.warps[block.current / 32];
+    std::memcpy(&warp.exchanged[warp.completed % 2][block.current % 32], &value, sizeof value);
     const int half = meet(mask);
     if (source >= 0 && source < 32) std::memcpy(&value, &warp.exchanged[half][source], sizeof value);
     return value;
 }
 
-inline int lane() { return fibers.current % 32; }
+inline int lane() { return block.current % 32; }
 
 }  // namespace emulated
 
 inline void __syncthreads() {
-    using emulated::fibers;
-    const unsigned long long round = fibers.barriers;
-    if (++fibers.at_barrier == emulated::threads_of_block()) {
-        fibers.at_barrier = 0;
-        ++fibers.barriers;
-        fibers.progress = true;
+    using emulated::block;
+    const unsigned long long round = block.barriers;
+    if (++block.at_barrier == emulated::threads_of_block()) {
+        block.at_barrier = 0;
+        ++block.barriers;
+        block.progress = true;
     }
-    while (fibers.barriers == round) emulated::suspend();
+    while (block.barriers == round) emulated::suspend();
 }
 
 inline void __syncwarp(unsigned mask = 0xffffffffu) { emulated::meet(mask); }
@@ -181,7 +186,7 @@ template <class T> T __shfl_xor_sync(unsigned mask, T value, int lanes) {
 }
 
 inline unsigned __ballot_sync(unsigned mask, bool vote) {
-    emulated::Warp& warp = emulated::fibers.warps[emulated::fibers.current / 32];
+    emulated::Warp& warp = emulated::block.warps[emulated::block.current / 32];
     warp.exchanged[warp.completed % 2][emulated::lane()] = vote;
     const int half = emulated::meet(mask);
     unsigned votes = 0;
@@ -195,6 +200,8 @@ inline bool __all_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vo
 #else
 
 namespace emulated {
+
+struct Memory {};
 
 inline void run_block(void (*kernel)(void*), void* arguments) {
     for (unsigned i = 0; i < threads_of_block(); ++i) {
@@ -217,7 +224,7 @@ void apply(void (*kernel)(P...), void** arguments, std::index_sequence<I...>) {
 // Runs the grid. The arguments come by address, as cuLaunchKernel takes them, which trusts that each has the size of
 // its parameter; here a wrong count or size is said instead of read.
 template <auto kernel, class... P>
-const char* launch(void (*)(P...), const unsigned* grid, const unsigned* block, void** arguments,
+const char* launch(void (*)(P...), const unsigned* grid, const unsigned* threads, void** arguments,
                    const std::size_t* sizes, std::size_t count) {
     const std::size_t expected[] = {sizeof(P)..., 0};
     error[0] = 0;
@@ -228,7 +235,8 @@ const char* launch(void (*)(P...), const unsigned* grid, const unsigned* block, 
             std::snprintf(error, sizeof error, "argument %zu has %zu bytes, but its parameter takes %zu", i, sizes[i],
                           expected[i]);
     gridDim = {grid[0], grid[1], grid[2]};
-    blockDim = {block[0], block[1], block[2]};
+    blockDim = {threads[0], threads[1], threads[2]};
+    [[maybe_unused]] const Memory memory;
     for (blockIdx.z = 0; blockIdx.z < gridDim.z && !error[0]; ++blockIdx.z)
         for (blockIdx.y = 0; blockIdx.y < gridDim.y && !error[0]; ++blockIdx.y)
             for (blockIdx.x = 0; blockIdx.x < gridDim.x && !error[0]; ++blockIdx.x)
@@ -239,8 +247,8 @@ const char* launch(void (*)(P...), const unsigned* grid, const unsigned* block, 
 
 }  // namespace emulated
 
-#define EMULATED_KERNEL(name)                                                                              \
-    extern "C" const char* emulated_launch(const unsigned* grid, const unsigned* block, void** arguments,  \
-                                           const std::size_t* sizes, std::size_t count) {                  \
-        return emulated::launch<&name>(&name, grid, block, arguments, sizes, count);                       \
+#define EMULATED_KERNEL(name)                                                                               \
+    extern "C" const char* emulated_launch(const unsigned* grid, const unsigned* threads, void** arguments, \
+                                           const std::size_t* sizes, std::size_t count) {                   \
+        return emulated::launch<&name>(&name, grid, threads, arguments, sizes, count);                      \
     }

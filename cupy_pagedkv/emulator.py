@@ -63,7 +63,7 @@ def _cache_folder() -> Path:
 def _compile(code: str, name: str, options: tuple[str, ...]) -> Path:
     """Compile ``code``, unless the cache folder holds the result of the same text, flags and compiler."""
     command, version = _compiler(os.environ.get("CXX"), os.environ.get("PATH"))
-    flags = ["-std=c++17", "-O2", "-g1", "-fPIC", "-shared", "-fno-strict-aliasing", *options]
+    flags = ["-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-fno-strict-aliasing", *options]
     flags += shlex.split(os.environ.get("CXXFLAGS", ""))
     if any(collective in code for collective in _COLLECTIVES):
         flags.append("-DEMULATED_FIBERS")

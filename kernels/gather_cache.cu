@@ -95,11 +95,10 @@ __device__ __forceinline__ void gather_segment(
     const char* src = pool + (inside ? block * block_stride : 0) + offset * slot_stride;
     char* dst = rows + row * token_stride;
 
-    ACCESS_T loaded[UNROLL];
+    ACCESS_T loaded[UNROLL] = {};
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
         const int i = first + u * 32, token = i / ROW, head = i % ROW / (RUN * RUNS);
-        loaded[u] = ACCESS_T();
         if (inside && i < accesses)
             loaded[u] = *(const ACCESS_T*)(src + token * slot_stride + head * pool_head_stride
                                            + i % (RUN * RUNS) * (int)sizeof(ACCESS_T));
