@@ -45,10 +45,10 @@ def _compiler(cxx: str | None, path: str | None) -> tuple[tuple[str, ...], str]:
     """The command of the C++ compiler and what it says of its version."""
     candidates = [cxx] if cxx else ["c++", "g++", "clang++"]
     for candidate in candidates:
-        command = shlex.split(candidate)
-        if shutil.which(command[0], path=path):
-            version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
-            return tuple(command), version.stdout
+        program, *flags = shlex.split(candidate)
+        if found := shutil.which(program, path=path):
+            version = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
+            return (found, *flags), version.stdout
     raise CompileError(
         f"the emulated device needs a C++ compiler, and none of {candidates} is on the PATH; "
         "install one (Debian: apt install g++) or name it in the environment variable CXX"

@@ -112,7 +112,7 @@ __device__ __forceinline__ void gather_segment(
     }
 }
 
-extern "C" __global__ void __launch_bounds__(128) gather_cache(
+extern "C" __global__ void __launch_bounds__(128, 8) gather_cache(
     char* key, long long key_token, long long key_head, long long key_dim,
     char* value, long long value_token, long long value_head, long long value_dim,
     const char* k_cache, long long k_block, long long k_slot, long long k_head,

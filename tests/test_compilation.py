@@ -1,0 +1,68 @@
+"""Every kernel, in each specialisation that the other tests used, compiled by NVRTC, with no driver and no spills.
+
+This file runs last. On its own it compiles the shapes of common models.
+"""
+
+import io
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import conftest
+import ml_dtypes
+import numpy as np
+import pytest
+from cuda.core import Program, ProgramOptions
+
+import cupy_pagedkv.backend as backend
+from cupy_pagedkv import PagedKVCache
+from cupy_pagedkv.cuda_backend import source_of
+
+KERNELS = {path.stem for path in (Path(__file__).parent.parent / "kernels").glob("*.cu")}
+COMMON = [(8, 128, 128), (1, 576, 512), (32, 128, 128), (8, 64, 64), (8, 46, 46)]
+
+
+def compile_for(arch: int, code: str) -> tuple[list[int], str]:
+    """Bytes of stack frame, of spill stores and of spill loads, and all that the compiler said."""
+    log = io.StringIO()
+    options = ProgramOptions(arch=f"sm_{arch}", std="c++17", ptxas_options=["-v"])
+    Program(code, "c++", options).compile("cubin", logs=log)
+    text = log.getvalue()
+    [numbers] = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
+    return [int(number) for number in numbers], text
+
+
+@pytest.fixture(scope="module")
+def sources() -> list[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "EMULATE", True)
+        for heads, dim, v_dim in COMMON:
+            cache = PagedKVCache(4, 16, heads, dim, ml_dtypes.bfloat16, "cpu", v_head_dim=v_dim)
+            key, value = (np.zeros((3, heads, d), ml_dtypes.bfloat16) for d in (dim, v_dim))
+            cache.update(key, value, [0, 1, 2])
+            cache.gather([[0]], [3])
+    assert {name for name, _ in conftest.specialisations} == KERNELS
+    return sorted(source_of(name, defines) for name, defines in conftest.specialisations)
+
+
+@pytest.mark.parametrize("arch", [75, 80, 90, 100, 120])
+def test_every_specialisation_compiles_without_spills(sources, arch):
+    with ThreadPoolExecutor(2) as threads:
+        results = list(threads.map(lambda code: compile_for(arch, code), sources))
+    for code, (stack, log) in zip(sources, results, strict=True):
+        if stack != [0, 0, 0]:
+            pytest.fail(f"stack or spills on sm_{arch}:\n{log}\n{code[: code.index('#line')]}", pytrace=False)
+
+
+def test_a_spill_would_show():
+    """64 values that have to be kept at once, in the 32 registers that two blocks of 1024 threads leave."""
+    loops = "for (int i = 0; i < 64; ++i) a[i] = x[i]; for (int i = 0; i < 64; ++i) x[i] = a[63 - i];"
+    code = f'extern "C" __global__ void __launch_bounds__(1024, 2) f(volatile int* x) {{ int a[64]; {loops} }}'
+    stack, _ = compile_for(80, code)
+    assert all(stack)
+
+
+def test_nvrtc_names_the_line_in_the_cu_file():
+    code = source_of("gather_cache", (("BLOCK_SIZE", 16),))
+    with pytest.raises(Exception, match=r'kernels/gather_cache\.cu\(\d+\): error: identifier "STARTS_T" is undefined'):
+        compile_for(80, code)
