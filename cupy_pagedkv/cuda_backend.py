@@ -67,6 +67,7 @@ class CudaBackend:
     ``device`` attribute holds: here a ``cupy.cuda.Device``.
     """
 
+    name = "cuda"
     checks_indices = False  # a check would have to wait for the stream
 
     def __init__(self, xp: Any) -> None:
@@ -90,6 +91,10 @@ class CudaBackend:
     def asnumpy(self, array: Any) -> np.ndarray:
         """A copy in host memory. Waits for the current stream."""
         return self.xp.asnumpy(array)  # type: ignore[no-any-return]
+
+    def synchronize(self) -> None:
+        """Wait for CuPy's current stream."""
+        self.xp.cuda.get_current_stream().synchronize()
 
     def on(self, device: Any) -> AbstractContextManager[Any]:
         """Within it, CuPy's current device is ``device``."""

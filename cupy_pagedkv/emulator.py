@@ -157,6 +157,8 @@ def _value(argument: Any) -> np.ndarray:
 class EmulatedBackend(CudaBackend):
     """The CUDA backend on NumPy arrays, with :class:`RawKernel` of this module for CuPy's."""
 
+    name = "emulated"
+
     def __init__(self) -> None:
         super().__init__(np)
 
@@ -174,6 +176,9 @@ class EmulatedBackend(CudaBackend):
 
     def asnumpy(self, array: np.ndarray) -> np.ndarray:
         return array
+
+    def synchronize(self) -> None:
+        pass
 
     def on(self, device: str) -> AbstractContextManager[None]:
         return nullcontext()

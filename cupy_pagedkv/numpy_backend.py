@@ -34,6 +34,7 @@ def _opaque(tokens: _Array, pool: _Array) -> tuple[_Array, _Array]:
 class NumpyBackend:
     """Arrays and operations in host memory; ``device`` is always ``"cpu"``."""
 
+    name = "numpy"
     ndarray: type = np.ndarray
     checks_indices = True
 
@@ -45,6 +46,9 @@ class NumpyBackend:
 
     def on(self, device: str) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def synchronize(self) -> None:
+        pass
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: str) -> _Array:
         return np.zeros(shape, dtype)

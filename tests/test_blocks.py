@@ -112,7 +112,13 @@ def test_totals_count_calls_that_moved_blocks():
     allocator.free(allocator.allocate(3))
     allocator.allocate(1)
     assert allocator.stats() == BlockAllocatorStats(
-        total_blocks=4, allocated_blocks=1, free_blocks=3, block_size=16, total_allocations=2, total_frees=1, peak_usage=3
+        total_blocks=4,
+        allocated_blocks=1,
+        free_blocks=3,
+        block_size=16,
+        total_allocations=2,
+        total_frees=1,
+        peak_usage=3,
     )
 
 

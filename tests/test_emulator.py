@@ -74,9 +74,10 @@ def test_sizes_that_cuda_refuses_are_refused(grid, block):
 
 
 def test_barriers_and_shared_memory():
-    body = "__shared__ int s[256]; s[threadIdx.x] = x[threadIdx.x]; __syncthreads(); x[threadIdx.x] = s[255 - threadIdx.x];"
+    body = "__shared__ int s[256]; int i = threadIdx.x; s[i] = x[i]; __syncthreads(); x[i] = s[255 - i];"
     assert run(body, 256).tolist() == list(range(256))[::-1]
-    body = "for (int i = 0; i < 5; ++i) { int y = x[(threadIdx.x + 1) % 70]; __syncthreads(); x[threadIdx.x] = y; __syncthreads(); }"
+    turn = "int y = x[(i + 1) % 70]; __syncthreads(); x[i] = y; __syncthreads();"
+    body = f"int i = threadIdx.x; for (int n = 0; n < 5; ++n) {{ {turn} }}"
     assert run(body, 70)[:70].tolist() == [(i + 5) % 70 for i in range(70)]
 
 
@@ -102,7 +103,10 @@ def test_shuffles_and_votes():
 def test_a_prefix_sum_over_a_warp():
     body = """
         int v = x[threadIdx.x];
-        for (int d = 1; d < 32; d *= 2) { int w = __shfl_up_sync(0xffffffffu, v, d); if (threadIdx.x % 32 >= d) v += w; }
+        for (int d = 1; d < 32; d *= 2) {
+            int w = __shfl_up_sync(0xffffffffu, v, d);
+            if (threadIdx.x % 32 >= d) v += w;
+        }
         x[threadIdx.x] = v;
     """
     assert run(body, 96)[:96].tolist() == np.arange(96).reshape(3, 32).cumsum(1).reshape(-1).tolist()
@@ -111,7 +115,10 @@ def test_a_prefix_sum_over_a_warp():
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("if (threadIdx.x) __syncthreads();", r"thread 1 of block \(0, 0, 0\) waits at a barrier or collective that oth"),
+        (
+            "if (threadIdx.x) __syncthreads();",
+            r"thread 1 of block \(0, 0, 0\) waits at a barrier or collective that oth",
+        ),
         ("if (threadIdx.x < 9) __syncwarp();", "thread 0 of block .* waits"),
         ("__shfl_sync(threadIdx.x ? ~0u : 1u, 1, 0);", "lane 1 came to a collective with mask ffffffff|waits"),
         ("if (threadIdx.x == 3) __syncwarp(1);", "lane 3 came to a collective with mask 00000001, which leaves it out"),
@@ -124,7 +131,7 @@ def test_a_kernel_that_is_stuck_is_an_error_and_the_next_launch_is_fine(body, me
 
 
 def test_threads_of_the_host_do_not_disturb_each_other():
-    k = kernel("__shared__ int s[64]; s[threadIdx.x] = x[threadIdx.x]; __syncthreads(); x[threadIdx.x] = s[63 - threadIdx.x];")
+    k = kernel("__shared__ int s[64]; int i = threadIdx.x; s[i] = x[i]; __syncthreads(); x[i] = s[63 - i];")
     arrays = [np.arange(64, dtype=np.int32) + 1000 * i for i in range(8)]
 
     def work(x):

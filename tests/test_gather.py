@@ -168,7 +168,11 @@ def test_everything_on_the_device_with_out(device, rng, dtype):
     """What a captured CUDA graph needs: no length on the host, rows to spare, lengths that change between calls."""
     (host_k, host_v), device_pools = filled_pools(device, rng, *oracle.pools("NHD", 30, 4, 1, 4, np.float16))
     tables = poisoned_tables(rng, 30, 4, [40, 40, 40]).astype(dtype)
-    device_tables, lens, starts = device.array(tables), device.array(np.zeros(3, dtype)), device.array(np.zeros(3, dtype))
+    device_tables, lens, starts = (
+        device.array(tables),
+        device.array(np.zeros(3, dtype)),
+        device.array(np.zeros(3, dtype)),
+    )
     before = oracle.random_array(rng, (2, 100, 1, 4), np.uint16).view(np.float16)
     memory = device.array(before)
     out = (memory[0], memory[1])

@@ -48,7 +48,8 @@ def test_first_and_last_slots_of_a_pool_past_2_32(device, rng, elements, dim, dt
     written = np.count_nonzero(key.view(np.uint8))
     step = num_blocks // 16 + 1
     found = sum(
-        int(device.xp.count_nonzero(k_cache[i : i + step].reshape(-1).view(np.uint8))) for i in range(0, num_blocks, step)
+        int(device.xp.count_nonzero(k_cache[i : i + step].reshape(-1).view(np.uint8)))
+        for i in range(0, num_blocks, step)
     )
     assert found == written
     expected_v = np.zeros((num_blocks, BLOCK_SIZE, HEADS, 1), dtype)

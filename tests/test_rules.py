@@ -23,7 +23,13 @@ def scene(device, rng):
     buffer = device.array(before)
     k_cache, v_cache = views(buffer)
     key = device.array(oracle.random_array(rng, (3, 2, 4), np.float16))
-    scatter: dict[str, Any] = {"key": key, "value": key, "k_cache": k_cache, "v_cache": v_cache, "slot_mapping": [1, 5, 9]}
+    scatter: dict[str, Any] = {
+        "key": key,
+        "value": key,
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "slot_mapping": [1, 5, 9],
+    }
     out = device.array(np.zeros((2, 5, 2, 4), np.float16))
     gather: dict[str, Any] = {
         "k_cache": k_cache, "v_cache": v_cache, "block_tables": [[0, 1], [2, -1]], "seq_lens": [9, 2],
@@ -80,7 +86,9 @@ def test_dtypes(scene):
     device, scatter, gather = scene
     other = device.array(np.zeros((3, 2, 4), np.uint16))
     for name in ("key", "value"):
-        refused(reshape_and_cache, scatter, TypeError, "must have the dtype of .*, float16, got uint16", **{name: other})
+        refused(
+            reshape_and_cache, scatter, TypeError, "must have the dtype of .*, float16, got uint16", **{name: other}
+        )
     refused(reshape_and_cache, scatter, TypeError, "got float64", slot_mapping=[1.0, 2.0, 3.0])
     refused(reshape_and_cache, scatter, TypeError, "got bool", slot_mapping=[True, False, True])
     for dtype in (np.float32, np.int16, np.uint32, np.uint64):
@@ -206,7 +214,10 @@ def test_environment_is_read_at_import():
         "import numpy as np, cupy_pagedkv.backend as b; "
         "print(b.EMULATE, b.DEBUG, type(b.backend_of(x=np.zeros(1))).__name__, b.backend_on(None)[1])"
     )
-    for emulate, debug, expected in [("1", "0", "True False EmulatedBackend cpu"), ("0", "1", "False True NumpyBackend")]:
+    for emulate, debug, expected in [
+        ("1", "0", "True False EmulatedBackend cpu"),
+        ("0", "1", "False True NumpyBackend"),
+    ]:
         environment = {**os.environ, "CUPY_PAGEDKV_EMULATE": emulate, "CUPY_PAGEDKV_DEBUG": debug}
         run = subprocess.run([sys.executable, "-W", "error", "-c", program], env=environment, capture_output=True,
                              text=True, check=True)  # fmt: skip

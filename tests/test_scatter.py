@@ -61,7 +61,9 @@ def test_grid_of_pools(device, rng, block_size, num_blocks):
     host, on_device = fused(device, rng, 42, 8, 64, dtype)
     slots = rng.permutation(num_blocks * block_size)[:42]
     slots[-1] = num_blocks * block_size - 1
-    check(device, rng, *host, device.array(slots), *oracle.pools("NHD", num_blocks, block_size, 8, 64, dtype), on_device)
+    check(
+        device, rng, *host, device.array(slots), *oracle.pools("NHD", num_blocks, block_size, 8, 64, dtype), on_device
+    )
 
 
 @pytest.mark.parametrize("row", [64, 96, 98, 100, 128, 256, 512, 1024])
@@ -86,8 +88,9 @@ def test_v_of_another_head_dim(device, rng, dim, v_dim, layout):
 
 
 @pytest.mark.parametrize("first", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize(("dim", "dtype"), [(1, np.float16), (3, np.float16), (46, np.float16), (64, np.float16),
-                                            (576, np.float16), (5, np.uint8), (16, np.uint8), (4, np.float64)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("dim", "dtype"), [*((n, np.float16) for n in (1, 3, 46, 64, 576)), (5, np.uint8), (16, np.uint8), (4, np.float64)]
+)
 def test_pools_and_tokens_that_start_at_any_element(device, rng, dim, dtype, first):
     """Rows of 2, 6, 92 and 1152 bytes among them. Nothing is aligned to more than an element, nor need it be."""
     size = 7 * dim * np.dtype(dtype).itemsize
@@ -117,7 +120,7 @@ VIEWS = {
     "all axes reversed": ((6, 2, 5), _transposed),
     "head first": ((2, 5, 6), lambda a: a.transpose(1, 0, 2)),
     "part of a head": ((5, 2, 11), lambda a: a[..., 3:9]),
-    }
+}
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.complex128], ids=lambda d: np.dtype(d).name)
@@ -155,10 +158,8 @@ def test_strides_of_axes_of_length_one_mean_nothing(device, rng):
         assert np.array_equal(device.numpy(buffer), expected)
 
 
-EVERY_DTYPE = [
-    np.dtype(name)
-    for name in ("f2 f4 f8 i1 i2 i4 i8 u1 u2 u4 u8 ? c8 c16 M8[s] V3 V12 S5 f2,i4").split()
-] + [np.dtype(t) for t in (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)]  # fmt: skip
+EVERY_DTYPE = [np.dtype(name) for name in [*"?bhilBHILefdFD", "M8[s]", "V3", "V12", "S5", "f2,i4"]]
+EVERY_DTYPE += [np.dtype(t) for t in (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)]
 
 
 @pytest.mark.parametrize("dtype", EVERY_DTYPE, ids=str)
@@ -195,7 +196,7 @@ def test_kinds_of_slots(device, rng, dtype, kind):
     key, value = oracle.random_array(rng, (2, 6, 2, 4), np.float16)
     numbers = np.array([9, -1, 0, 31, -(2**31), 17], dtype)
     slots = {
-        "list": lambda: numbers.tolist(),
+        "list": numbers.tolist,
         "tuple": lambda: tuple(numbers.tolist()),
         "numpy": lambda: numbers,
         "device": lambda: device.array(numbers),
