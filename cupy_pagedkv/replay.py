@@ -185,7 +185,8 @@ class _Replay:
                 self._preempt_youngest()
                 preempted = True
         while self.waiting and not preempted and len(self.running) < self.max_num_seqs:
-            if not self._make_room(self.waiting[0], self.waiting[0].known):
+            # With room for its next token, too, lest it be preempted at once.
+            if not self._make_room(self.waiting[0], min(self.waiting[0].known + 1, self.waiting[0].length)):
                 break
             self.running.append(self.waiting.popleft())
             batch.append((self.running[-1], self.running[-1].known))

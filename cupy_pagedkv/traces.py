@@ -9,7 +9,7 @@ the prompt.
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -53,10 +53,11 @@ def read_trace(path: str | Path) -> list[Request]:
     """
     requests = []
     number = 0
-    with Path(path).open(encoding="utf-8-sig", newline="") as file:
+    parse: Callable[[str], Request] | None = None
+    with Path(path).open("rb") as file:
         try:
-            parse: Callable[[str], Request] | None = None
-            for number, line in enumerate(_lines(file), 1):
+            for number, raw in enumerate(file, 1):
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if not line:
                     continue
                 if parse is None:
@@ -69,8 +70,6 @@ def read_trace(path: str | Path) -> list[Request]:
                         expected = ",".join(_AZURE_HEADER)
                         raise ValueError(f"expected the header {expected} or a JSON object, got {line[:80]!r}")
                 requests.append(parse(line))
-        except UnicodeDecodeError:
-            raise TraceError(path, number + 1, "this is no text in UTF-8") from None
         except ValueError as error:
             raise TraceError(path, number, str(error)) from None
     if not requests:
@@ -82,17 +81,14 @@ def synthetic_trace(num_requests: int, seed: int = 0) -> list[Request]:
     """Poisson arrivals, four a second, and log-normal lengths: prompts of 512 tokens in the median, outputs of 32.
 
     >>> synthetic_trace(1)
-    [Request(timestamp=0.17, input_length=453, output_length=27)]
+    [Request(timestamp=0.17, input_length=568, output_length=20)]
     """
-    rng = np.random.default_rng(seed)
-    times = np.cumsum(rng.exponential(1 / 4, num_requests)).round(2)
-    prompts = rng.lognormal(np.log(512), 1.0, num_requests).astype(int) + 1
-    outputs = rng.lognormal(np.log(32), 0.8, num_requests).astype(int) + 1
-    return [Request(*row) for row in zip(times.tolist(), prompts.tolist(), outputs.tolist(), strict=True)]
-
-
-def _lines(file: Iterator[str]) -> Iterator[str]:
-    return (line.strip() for line in file)
+    # A generator each, so that a shorter trace is the beginning of a longer one.
+    gaps, inputs, outputs = (np.random.default_rng([seed, i]) for i in range(3))
+    times = np.cumsum(gaps.exponential(1 / 4, num_requests)).round(2).tolist()
+    prompts = (inputs.lognormal(np.log(512), 1.0, num_requests).astype(int) + 1).tolist()
+    generated = (outputs.lognormal(np.log(32), 0.8, num_requests).astype(int) + 1).tolist()
+    return [Request(*row) for row in zip(times, prompts, generated, strict=True)]
 
 
 def _fields(line: str) -> list[str]:

@@ -1,0 +1,324 @@
+"""The main job: traces are read, requests replayed, and wrong bytes found."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cupy_pagedkv import PagedKVCache
+from cupy_pagedkv.__main__ import main
+from cupy_pagedkv.replay import MismatchError, OversizedRequestError, replay, token_bytes
+from cupy_pagedkv.traces import Request, TraceError, read_trace, synthetic_trace
+
+TRACES = Path(__file__).parent.parent.parent / "shared" / "traces"
+AZURE = TRACES / "azure_llm_2023_code_head.csv"
+MOONCAKE = TRACES / "mooncake_synthetic_head.jsonl"
+needs_traces = pytest.mark.skipif(not AZURE.exists(), reason=f"the request traces are not in {TRACES}")
+
+SMALL: dict[str, Any] = {
+    "num_blocks": 12, "block_size": 4, "num_layers": 2, "num_heads": 1, "head_dim": 3, "dtype": "float16", "device": "cpu",
+}  # fmt: skip
+
+
+# Traces
+
+
+def write(path: Path, text: str | bytes) -> Path:
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+AZURE_TEXT = (
+    "TIMESTAMP,ContextTokens,GeneratedTokens\r\n2023-11-16 18:17:04.0319600,3180,8\r\n2023-11-16 18:17:03.97,7,0\r\n"
+)
+MOONCAKE_TEXT = (
+    '{"timestamp": 40, "input_length": 513, "output_length": 3, "hash_ids": [5, 6]}\n\n'
+    '{"timestamp": 0.5, "input_length": 0, "output_length": 3, "hash_ids": [], "more": null}'
+)
+
+
+def test_azures_format(tmp_path):
+    for text in (AZURE_TEXT, "\ufeff" + AZURE_TEXT, AZURE_TEXT.replace("\r", "").rstrip(), "\n \n" + AZURE_TEXT):
+        second, first = read_trace(write(tmp_path / "any.name", text))[::-1]
+        assert (first.input_length, first.output_length, second.input_length) == (7, 0, 3180)
+        assert second.timestamp - first.timestamp == pytest.approx(0.06196, abs=1e-6)
+    later = (
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00.009930+00:00,2162,5\n2024-05-10T00:00:01Z,1,1\n"
+    )
+    assert len(read_trace(write(tmp_path / "b", later))) == 2
+
+
+def test_mooncakes_format(tmp_path):
+    requests = read_trace(write(tmp_path / "any.name", MOONCAKE_TEXT))
+    assert requests == [Request(0.0005, 0, 3), Request(0.04, 513, 3)]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "reason"),
+    [
+        ("", 1, "there is no request in this file"),
+        ("\n\n", 2, "there is no request in this file"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n", 1, "there is no request"),
+        ("time,in,out\n1,2,3\n", 1, "expected the header TIMESTAMP,ContextTokens,GeneratedTokens or a JSON object, got"),
+        (AZURE_TEXT + "2023-11-16 18:17:04,5\n", 4, "expected 3 fields, got 2"),
+        (AZURE_TEXT + "\n2023-11-16 18:17:04,5,6,7\n", 5, "expected 3 fields, got 4"),
+        (AZURE_TEXT + "yesterday,5,6\n", 4, "TIMESTAMP must be like 2023-11-16 18:17:03.979, got 'yesterday'"),
+        (AZURE_TEXT + "2023-13-16 18:17:04,5,6\n", 4, "month must be in 1..12"),
+        (AZURE_TEXT + "2023-11-16 18:17:04,-5,6\n", 4, "ContextTokens must be a whole number of at least 0, got '-5'"),
+        (AZURE_TEXT + "2023-11-16 18:17:04,5,6.0\n", 4, "GeneratedTokens must be a whole number of at least 0, got '6.0'"),
+        (AZURE_TEXT.encode() + b"\xff\xfe,5,6\n", 4, "'utf-8' codec can't decode byte 0xff"),
+        (MOONCAKE_TEXT + "\n{", 4, "this is no JSON object"),
+        (MOONCAKE_TEXT + "\n[1]", 4, "expected a JSON object"),
+        ('{"timestamp": 0, "input_length": 3, "output_length": 1}', 1, "hash_ids must be a list of whole numbers, got None"),
+        ('{"timestamp": 0, "input_length": 3, "output_length": 1, "hash_ids": [1.5]}', 1, "hash_ids must be a list"),
+        ('{"timestamp": 0, "input_length": 3, "output_length": 1, "hash_ids": [1, 2]}', 1,
+         "hash_ids must have one id for each 512 of 3 tokens, got 2"),
+        ('{"timestamp": 0, "input_length": "3", "output_length": 1, "hash_ids": [1]}', 1,
+         "input_length must be a whole number of at least 0, got '3'"),
+        ('{"timestamp": 0, "input_length": true, "output_length": 1, "hash_ids": [1]}', 1, "got True"),
+        ('{"timestamp": 0, "input_length": 3, "output_length": -1, "hash_ids": [1]}', 1, "output_length must be"),
+        ('{"timestamp": NaN, "input_length": 3, "output_length": 1, "hash_ids": [1]}', 1, "timestamp must be a number"),
+    ],
+)  # fmt: skip
+def test_a_malformed_line_is_an_error_with_file_line_and_reason(tmp_path, capsys, text, line, reason):
+    path = write(tmp_path / "trace", text)
+    with pytest.raises(TraceError) as caught:
+        read_trace(path)
+    assert str(caught.value).startswith(f"{path}:{line}: ")
+    assert reason in caught.value.reason
+    assert main([str(path), "--device", "cpu"]) == 2
+    assert f"error: {path}:{line}: " in capsys.readouterr().err
+
+
+def test_the_synthetic_trace_is_seeded_and_looks_like_its_name():
+    trace = synthetic_trace(4000)
+    assert trace == synthetic_trace(4000)
+    assert trace != synthetic_trace(4000, seed=1)
+    assert trace[:100] == synthetic_trace(100)
+    gaps = np.diff([request.timestamp for request in trace])
+    assert (gaps >= 0).all()
+    assert gaps.mean() == pytest.approx(0.25, rel=0.1)
+    assert gaps.std() == pytest.approx(0.25, rel=0.1)
+    for lengths, median in (([r.input_length for r in trace], 512), ([r.output_length for r in trace], 32)):
+        assert min(lengths) >= 1
+        assert np.median(lengths) == pytest.approx(median, rel=0.1)
+
+
+# Replay
+
+
+def test_what_is_written_depends_on_everything():
+    rows = [
+        token_bytes(np.array([number]), np.array([position]), layer, tensor, 64).tobytes()
+        for number in (0, 1, 2, 70_000) for position in (0, 1, 2, 131_072) for layer in (0, 1, 2) for tensor in (0, 1)
+    ]  # fmt: skip
+    assert max(Counter(rows).values()) == 1
+    words = np.frombuffer(b"".join(rows), np.uint16)
+    assert Counter(words.tolist()).most_common(1)[0][1] < 6  # of heads and dims, too
+    assert token_bytes(np.arange(3), np.arange(3), 0, 0, 7).shape == (3, 7)
+
+
+def test_a_replay_worked_by_hand(device):
+    """Three blocks of four tokens. The second request has to make room for the first and is written again.
+
+    Step 1: both are admitted with 4 and 3 tokens and room for one more: 2 + 1 blocks. Step 2: 5 and 4 tokens. Step 3: 6,
+    and the second would need a block for its token 5: preempted. Step 4: 7, and two blocks that the second needs are
+    not there. Step 5: the first has 8, is done and freed. Step 6: the second is admitted with 4 tokens; then 5, 6.
+    """
+    requests = [Request(0, 4, 4), Request(0, 3, 3)]
+    sizes = {**SMALL, "num_blocks": 3, "device": device.of_caches}
+    finished: list[int] = []
+    report = replay(requests, on_progress=finished.append, **sizes)
+    assert finished == [0, 0, 0, 0, 1, 0, 0, 1]
+    assert (report.requests, report.tokens_in, report.tokens_out, report.steps) == (2, 7, 7, 8)
+    assert (report.preemptions, report.recomputed_tokens) == (1, 4)
+    assert (report.peak_blocks, report.peak_running) == (3, 2)
+    held = [7, 9, 6, 7, 8, 4, 5, 6]
+    taken = [3, 3, 2, 2, 2, 2, 2, 2]
+    running = [2, 2, 1, 1, 1, 1, 1, 1]
+    oldest = [4, 5, 6, 7, 8, 4, 5, 6]  # one buffer of 8 tokens fits the 12 places
+    assert report.pool_share == sum(held) / (8 * 12)
+    assert report.pool_share_contiguous == sum(oldest) / (8 * 12)
+    assert report.taken_share == sum(held) / (4 * sum(taken))
+    assert report.taken_share_contiguous == sum(held) / (8 * sum(running))
+    token = 2 * 2 * 3 * 2  # K and V, layers, elements, bytes
+    assert report.scattered_bytes == (7 + 7 + 4) * token
+    assert report.gathered_bytes == report.verified_bytes == 14 * token
+    assert report.pool_bytes == 12 * token
+    assert report.backend == {"cupy": "cuda"}.get(device.name, device.name)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "float32", "bool", "complex64"])
+def test_a_crowded_pool(device, dtype):
+    if device.name == "cupy" and dtype == "float8_e4m3fn":
+        pytest.skip("CuPy has no arrays of float8_e4m3fn")
+    requests = [Request(i, 1 + 7 * i % 17, 1 + 5 * i % 11) for i in range(40)] + [Request(99, 0, 0), Request(99, 0, 5)]
+    report = replay(requests, max_num_seqs=4, **{**SMALL, "dtype": dtype, "device": device.of_caches})
+    assert report.requests == len(requests)
+    assert report.tokens_out == sum(request.output_length for request in requests)
+    assert report.preemptions > 0
+    assert report.peak_running == 4
+
+
+def test_oversized_requests():
+    requests = [Request(0, 40, 8), Request(0, 41, 8), Request(0, 48, 0)]
+    message = r"request 2 has 41 \+ 8 tokens and needs 13 blocks of 4, but the pool has 12"
+    with pytest.raises(OversizedRequestError, match=message):
+        replay(requests, **SMALL)
+    report = replay(requests, skip_oversized=True, **SMALL)
+    assert (report.requests, report.skipped) == (2, 1)
+    report = replay(requests[1:2], skip_oversized=True, **SMALL)
+    assert (report.requests, report.skipped, report.steps, report.pool_share) == (0, 1, 0, 0)
+
+
+@pytest.mark.parametrize("tensor", ["k_cache", "v_cache"])
+def test_a_wrong_byte_is_found(monkeypatch, capsys, tensor):
+    update = PagedKVCache.update
+
+    def spoiled(self, key, value, slots):
+        update(self, key, value, slots)
+        pool = getattr(self, tensor).view(np.uint8)
+        pool[1, 2, 0, 5] ^= 1
+
+    monkeypatch.setattr(PagedKVCache, "update", spoiled)
+    with pytest.raises(MismatchError, match=rf"request 1, layer 0, {tensor[0].upper()}: 1 tokens differ, the first at "
+                                            "position 6"):  # fmt: skip
+        replay([Request(0, 9, 0)], **SMALL)
+    assert main(["--limit", "1", "--device", "cpu", "--block-size", "4"]) == 1
+    assert "wrong bytes: request 1, layer 0" in capsys.readouterr().err
+
+
+# The command
+
+
+def run(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-m", "cupy_pagedkv", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
+
+
+def test_the_command_prints_a_report_and_nothing_else_in_a_pipe():
+    result = run("--limit", "20", "--device", "cpu")
+    assert (result.returncode, result.stderr) == (0, "")
+    labels = [line[:19].strip() for line in result.stdout.splitlines()]
+    assert labels == ["trace", "device", "requests", "tokens", "steps", "preemptions", "pool", "peak blocks",
+                      "pool holds tokens", "taken holds tokens", "scattered", "gathered", "verified"]  # fmt: skip
+    assert "20 completed, 0 skipped" in result.stdout
+
+
+def test_json_has_the_numbers_of_the_report(capsys):
+    assert main(["--limit", "5", "--device", "cpu", "--json", "--dtype", "bfloat16", "--layers", "3"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    trace = synthetic_trace(5)
+    assert report["tokens_in"] == sum(request.input_length for request in trace)
+    assert report["verified_bytes"] == sum(r.input_length + r.output_length for r in trace) * 3 * 2 * 2 * 16 * 2
+
+
+@pytest.mark.parametrize(
+    ("memory", "blocks"),
+    [("1MiB", 256), ("1MB", 244), ("0.5 MiB", 128), ("4096", 1), ("5k", 1), ("1GiB", 262144), ("8191B", 1)],
+)
+def test_a_memory_budget_is_blocks_of_all_layers(capsys, tmp_path, memory, blocks):
+    trace = write(tmp_path / "t", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:04,5,6\n")
+    assert main([str(trace), "--memory", memory, "--device", "cpu", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["num_blocks"] == blocks  # of 4096 bytes: 2 layers, K and V, 16 tokens, 2 heads of 16 halves
+    assert report["pool_bytes"] == blocks * 4096
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-blocks", "3"], "needs .* blocks of 16, but the pool has 3; make the pool larger"),
+        (["--memory", "100"], "a block of K and V takes 2048 bytes, the budget is 50"),
+        (["no such file"], "No such file or directory: 'no such file'"),
+        (["."], "Is a directory"),
+        (["--device", "tpu"], "device must be None, 'cpu', 'cuda' or 'cuda:N', got 'tpu'"),
+    ],
+)
+def test_what_cannot_be_used_is_an_error_on_one_line(capsys, arguments, message):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message, error)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--memory", "much"], ["--memory", "1MB", "--num-blocks", "1"], ["--layers", "0"], ["--dtype", "float17"],
+     ["--limit", "-1"], ["--max-num-seqs", "x"], ["--heads", "1.5"]],
+)  # fmt: skip
+def test_wrong_options(capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert f"argument {arguments[-2]}: " in capsys.readouterr().err
+
+
+def test_skip_oversized(capsys):
+    assert main(["--num-blocks", "40", "--skip-oversized", "--device", "cpu", "--json", "--limit", "50"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    expected = sum(-(-(r.input_length + r.output_length) // 16) > 40 for r in synthetic_trace(50))
+    assert 0 < expected == report["skipped"]
+    assert report["requests"] == 50 - expected
+
+
+def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PagedKVCache, "update", interrupted)
+    assert main(["--limit", "5", "--device", "cpu"]) == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
+
+
+def test_a_progress_bar_on_a_terminal_alone(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stream, expected in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr(sys, "stdout", io.StringIO())
+        assert main(["--limit", "5", "--device", "cpu"]) == 0
+        assert ("request" in stream.getvalue()) is expected
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert main(["--limit", "5", "--device", "cpu"]) == 0
+    assert stream.getvalue() == ""
+
+
+# Real traffic
+
+
+@needs_traces
+@pytest.mark.parametrize(
+    ("path", "requests", "tokens_in", "tokens_out"),
+    [(AZURE, 2000, 3_973_157, 59_024), (MOONCAKE, 600, 7_414_999, 118_142)],
+    ids=["azure", "mooncake"],
+)
+def test_real_traces_replay(capsys, monkeypatch, path, requests, tokens_in, tokens_out):
+    monkeypatch.setattr("cupy_pagedkv.backend.EMULATE", False)
+    assert main([str(path), "--device", "cpu", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["backend"] == "numpy"
+    assert (report["requests"], report["tokens_in"], report["tokens_out"]) == (requests, tokens_in, tokens_out)
+    assert report["verified_bytes"] == (tokens_in + tokens_out) * 256
+
+
+@needs_traces
+@pytest.mark.parametrize(("path", "limit"), [(AZURE, 60), (MOONCAKE, 8)], ids=["azure", "mooncake"])
+def test_a_part_of_the_real_traces_replays_through_the_kernels(capsys, kernel_device, path, limit):
+    arguments = [str(path), "--device", kernel_device.of_caches, "--json", "--limit", str(limit), "--head-dim", "8"]
+    assert main([*arguments, "--num-blocks", "9000", "--block-size", "16"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["backend"] == {"cupy": "cuda"}.get(kernel_device.name, kernel_device.name)
+    assert report["requests"] == limit
+    assert report["verified_bytes"] == (report["tokens_in"] + report["tokens_out"]) * 128
