@@ -22,9 +22,8 @@ AZURE = TRACES / "azure_llm_2023_code_head.csv"
 MOONCAKE = TRACES / "mooncake_synthetic_head.jsonl"
 needs_traces = pytest.mark.skipif(not AZURE.exists(), reason=f"the request traces are not in {TRACES}")
 
-SMALL: dict[str, Any] = {
-    "num_blocks": 12, "block_size": 4, "num_layers": 2, "num_heads": 1, "head_dim": 3, "dtype": "float16", "device": "cpu",
-}  # fmt: skip
+SMALL: dict[str, Any] = {"num_blocks": 12, "block_size": 4, "num_layers": 2, "num_heads": 1, "head_dim": 3}
+SMALL |= {"dtype": "float16", "device": "cpu"}
 
 
 # Traces
@@ -66,17 +65,17 @@ def test_mooncakes_format(tmp_path):
         ("", 1, "there is no request in this file"),
         ("\n\n", 2, "there is no request in this file"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n", 1, "there is no request"),
-        ("time,in,out\n1,2,3\n", 1, "expected the header TIMESTAMP,ContextTokens,GeneratedTokens or a JSON object, got"),
+        ("time,in,out\n1,2,3\n", 1, "expected the header TIMESTAMP,ContextTokens,GeneratedTokens or a JSON"),
         (AZURE_TEXT + "2023-11-16 18:17:04,5\n", 4, "expected 3 fields, got 2"),
         (AZURE_TEXT + "\n2023-11-16 18:17:04,5,6,7\n", 5, "expected 3 fields, got 4"),
         (AZURE_TEXT + "yesterday,5,6\n", 4, "TIMESTAMP must be like 2023-11-16 18:17:03.979, got 'yesterday'"),
         (AZURE_TEXT + "2023-13-16 18:17:04,5,6\n", 4, "month must be in 1..12"),
         (AZURE_TEXT + "2023-11-16 18:17:04,-5,6\n", 4, "ContextTokens must be a whole number of at least 0, got '-5'"),
-        (AZURE_TEXT + "2023-11-16 18:17:04,5,6.0\n", 4, "GeneratedTokens must be a whole number of at least 0, got '6.0'"),
+        (AZURE_TEXT + "2023-11-16 18:17:04,5,6.0\n", 4, "GeneratedTokens must be a whole number"),
         (AZURE_TEXT.encode() + b"\xff\xfe,5,6\n", 4, "'utf-8' codec can't decode byte 0xff"),
         (MOONCAKE_TEXT + "\n{", 4, "this is no JSON object"),
         (MOONCAKE_TEXT + "\n[1]", 4, "expected a JSON object"),
-        ('{"timestamp": 0, "input_length": 3, "output_length": 1}', 1, "hash_ids must be a list of whole numbers, got None"),
+        ('{"timestamp": 0, "input_length": 3, "output_length": 1}', 1, "hash_ids must be a list of whole"),
         ('{"timestamp": 0, "input_length": 3, "output_length": 1, "hash_ids": [1.5]}', 1, "hash_ids must be a list"),
         ('{"timestamp": 0, "input_length": 3, "output_length": 1, "hash_ids": [1, 2]}', 1,
          "hash_ids must have one id for each 512 of 3 tokens, got 2"),
@@ -128,9 +127,9 @@ def test_what_is_written_depends_on_everything():
 def test_a_replay_worked_by_hand(device):
     """Three blocks of four tokens. The second request has to make room for the first and is written again.
 
-    Step 1: both are admitted with 4 and 3 tokens and room for one more: 2 + 1 blocks. Step 2: 5 and 4 tokens. Step 3: 6,
-    and the second would need a block for its token 5: preempted. Step 4: 7, and two blocks that the second needs are
-    not there. Step 5: the first has 8, is done and freed. Step 6: the second is admitted with 4 tokens; then 5, 6.
+    Step 1: both are admitted with 4 and 3 tokens and room for one more: 2 + 1 blocks. Step 2: 5 and 4 tokens. Step 3:
+    6, and the second would need a block for its token 5: preempted. Step 4: 7, and two blocks that the second needs
+    are not there. Step 5: the first has 8, is done and freed. Step 6: the second is admitted with 4 tokens; then 5, 6.
     """
     requests = [Request(0, 4, 4), Request(0, 3, 3)]
     sizes = {**SMALL, "num_blocks": 3, "device": device.of_caches}
