@@ -62,7 +62,8 @@ def backend_of(**arrays: Any) -> Backend:
     kinds = ", ".join(f"{name} is {type(array).__module__}.ndarray" for name, array in arrays.items())
     if any(isinstance(array, np.ndarray) for array in arrays.values()):
         raise TypeError(f"NumPy and CuPy arrays cannot be mixed in one call: {kinds}; move them to one device")
-    if len({array.device for array in arrays.values()}) > 1:
+    first, *others = arrays.values()
+    if any(array.device != first.device for array in others):
         devices = ", ".join(f"{name} on {array.device}" for name, array in arrays.items())
         raise ValueError(f"all arrays of a call must be on one GPU, got {devices}")
     return _cuda()

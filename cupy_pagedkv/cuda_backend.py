@@ -74,13 +74,16 @@ class CudaBackend:
         self.xp = xp
         self.ndarray: type = xp.ndarray
         self._kernel = functools.cache(self._build_kernel)
-        self._processors = functools.cache(self._count_processors)
+        self._processors_of: dict[int, int] = {}
 
     def _build_kernel(self, name: str, defines: _Defines) -> Any:
         return self.xp.RawKernel(source_of(name, defines), name, ("-std=c++17",))
 
-    def _count_processors(self, device: Any) -> int:
-        return int(device.attributes["MultiProcessorCount"])
+    def _processors(self, array: Any) -> int:
+        number: int = array.device.id
+        if number not in self._processors_of:
+            self._processors_of[number] = array.device.attributes["MultiProcessorCount"]
+        return self._processors_of[number]
 
     def _address(self, array: Any) -> int:
         return int(array.data.ptr)
@@ -175,7 +178,7 @@ class CudaBackend:
         key, value, k_cache, v_cache = arrays
         warps = units * -(-accesses // (32 * _UNROLL))
         # Few warps are spread over the device, many share blocks.
-        warps_of_block = min(max(1, warps // self._processors(key.device)), _MAX_WARPS)
+        warps_of_block = min(max(1, warps // self._processors(key)), _MAX_WARPS)
         pairs = (key, *key.strides, value, *value.strides, k_cache, *k_cache.strides[:3], v_cache, *v_cache.strides[:3])
         with self.on(key.device):
             self._kernel(name, defines)((-(-warps // warps_of_block), 2), (32 * warps_of_block,), (*pairs, *arguments))

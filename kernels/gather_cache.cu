@@ -3,8 +3,8 @@
 // Contract   Positions [seq_starts[i], seq_lens[i]) of sequence i, for i = 0, 1, ... in turn, become the rows of key and
 //            value. Position p is k_cache[block_tables[i][p / BLOCK_SIZE]][p % BLOCK_SIZE]; table entries past a
 //            sequence's need are not read. Rows past the total are left alone, rows past num_rows are dropped. A row
-//            whose block is not in the table or not in the pool is zeros: nothing outside the pool is ever read.
-//            seq_starts may be null: all sequences start at 0. Negative starts and lengths count as 0.
+//            whose block is not in the pool is zeros: nothing outside the pool is ever read. seq_starts may be null:
+//            all sequences start at 0. A start or length outside the table counts as its nearest end.
 // Layout     All strides are in bytes; a row is HEADS x RUNS x RUN accesses, as in reshape_and_cache.cu.
 // Launch     Grid (x, 2): y = 0 copies K, y = 1 copies V. A segment is the part of one block that one sequence needs;
 //            blocks of whole warps, one warp for each slice of 32 * UNROLL accesses of a segment. The host need not
@@ -24,13 +24,14 @@ struct Extent {
 };
 
 __device__ __forceinline__ Extent extent_of(
-    long long seq, const char* seq_lens, long long lens_stride, const char* seq_starts, long long starts_stride)
+    long long seq, const char* seq_lens, long long lens_stride, const char* seq_starts, long long starts_stride,
+    long long max_blocks)
 {
     const long long start = seq_starts ? (long long)*(const STARTS_T*)(seq_starts + seq * starts_stride) : 0;
     const long long end = *(const LENS_T*)(seq_lens + seq * lens_stride);
     Extent e;
-    e.start = start > 0 ? start : 0;
-    e.end = end > e.start ? end : e.start;
+    e.start = max(start, 0LL);
+    e.end = max(e.start, min(end, max_blocks * BLOCK_SIZE));  // so that no sum of garbage can overflow
     e.first_block = e.start / BLOCK_SIZE;
     e.num_blocks = e.end > e.start ? (e.end - 1) / BLOCK_SIZE - e.first_block + 1 : 0;
     return e;
@@ -57,7 +58,7 @@ __device__ __forceinline__ void gather_segment(
         const long long mine = lane * share;
         long long segments = 0, positions = 0;
         for (long long i = mine; i < mine + share && i < count; ++i) {
-            const Extent e = extent_of(seq + i, seq_lens, lens_stride, seq_starts, starts_stride);
+            const Extent e = extent_of(seq + i, seq_lens, lens_stride, seq_starts, starts_stride, max_blocks);
             segments += e.num_blocks;
             positions += e.end - e.start;
         }
@@ -76,7 +77,7 @@ __device__ __forceinline__ void gather_segment(
         seq += holder * share;
         count = min(share, count - holder * share);
     }
-    const Extent e = extent_of(seq, seq_lens, lens_stride, seq_starts, starts_stride);
+    const Extent e = extent_of(seq, seq_lens, lens_stride, seq_starts, starts_stride, max_blocks);
     if (segment >= e.num_blocks) return;
 
     const long long column = e.first_block + segment;
@@ -84,13 +85,10 @@ __device__ __forceinline__ void gather_segment(
     const long long end = min(e.end, (column + 1) * BLOCK_SIZE);
     row += position - e.start;
     const int offset = (int)(position % BLOCK_SIZE);
-    if (row < 0 || row >= num_rows) return;
     const int accesses = (int)min(end - position, num_rows - row) * ROW;
     const int first = (int)(warp % SLICES) * (32 * UNROLL) + lane;
 
-    long long block = -1;
-    if (column < max_blocks)
-        block = *(const TABLE_T*)(block_tables + seq * table_stride + column * entry_stride);
+    const long long block = *(const TABLE_T*)(block_tables + seq * table_stride + column * entry_stride);
     const bool inside = block >= 0 && block < num_blocks;
     const char* src = pool + (inside ? block * block_stride : 0) + offset * slot_stride;
     char* dst = rows + row * token_stride;

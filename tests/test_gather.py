@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from test_scatter import DTYPES, EVERY_DTYPE, HEAD_DIMS, LAYOUTS
 
 from cupy_pagedkv import gather_cache
+from cupy_pagedkv.backend import backend_of
 
 LENGTHS = [0, 1, 15, 16, 17, 45, 400, 203]
 
@@ -219,9 +220,8 @@ def test_kernel_stays_inside_the_pool_and_the_result_whatever_the_lengths_on_the
     device = kernel_device
     (host_k, _), (k_cache, v_cache) = filled_pools(device, rng, *oracle.pools("NHD", 6, 4, 2, 5, np.float16))
     memory = device.array(np.full((2, 16, 2, 5), 7, np.float16))
-    inner = memory[:, 2:14]
+    inner = memory[:, 2:13]
     tables = device.array(np.array([[1, 2], [3, 4]], np.int64))
-    from cupy_pagedkv.backend import backend_of
 
     def gather(lens, starts):
         memory[...] = 7
@@ -229,19 +229,32 @@ def test_kernel_stays_inside_the_pool_and_the_result_whatever_the_lengths_on_the
         backend_of(k_cache=k_cache).gather_cache(inner[0], inner[1], k_cache, v_cache, tables, lens, starts)
         result = device.numpy(memory)
         assert (result[:, :2] == 7).all()
-        assert (result[:, 14:] == 7).all()
-        return result[0, 2:14]
+        assert (result[:, 13:] == 7).all()
+        return result[0, 2:13]
 
-    key = gather([8, 8], [0, 0])  # 16 rows for 12 places
-    assert key.tobytes() == np.concatenate([host_k[1], host_k[2], host_k[3]]).tobytes()
+    key = gather([8, 8], [0, 0])  # 16 rows for 11 places
+    assert key.tobytes() == np.concatenate([host_k[1], host_k[2], host_k[3, :3]]).tobytes()
     key = gather([11, 8], [4, 7])  # past the end of its table row
-    assert key[:8].tobytes() == host_k[2].tobytes() + bytes(3 * 20) + host_k[4, 3].tobytes()
-    assert (key[8:] == 7).all()
+    assert key[:5].tobytes() == host_k[2].tobytes() + host_k[4, 3].tobytes()
+    assert (key[5:] == 7).all()
     key = gather([-5, 3], [0, -2])
     assert key[:3].tobytes() == host_k[3, :3].tobytes()
     key = gather([2, 3], [6, 1])  # a start past the end is an empty sequence
     assert key[:2].tobytes() == host_k[3, 1:3].tobytes()
-    gather([2**40, 2**40], [2**39, 0])
+    assert gather([2**63 - 1, 3], [2**63 - 1, 2])[:1].tobytes() == host_k[3, 2].tobytes()
+
+
+def test_lengths_on_the_device_that_no_sum_can_hold(kernel_device, rng):
+    device = kernel_device
+    (host_k, _), (k_cache, v_cache) = filled_pools(device, rng, *oracle.pools("NHD", 6, 1, 1, 2, np.float16))
+    memory = device.array(np.full((2, 90, 1, 2), 7, np.float16))
+    tables = device.array(np.full((70, 1), 5, np.int32))
+    lens = device.array(np.full(70, 2**63 - 1))
+    backend_of(k_cache=k_cache).gather_cache(memory[0, 10:], memory[1, 10:], k_cache, v_cache, tables, lens, None)
+    key = device.numpy(memory)[0]
+    assert (key[:10] == 7).all()
+    assert key[10:80].tobytes() == host_k[5].tobytes() * 70
+    assert (key[80:] == 7).all()
 
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -156,11 +156,26 @@ def test_numpy_is_not_mixed_with_cupy(device):
         reshape_and_cache(theirs, theirs, *pools, device.array(np.array([0])))
 
 
+class FakeGpu:
+    """Like `cupy.cuda.Device`, which can be compared but not hashed."""
+
+    __hash__ = None
+
+    def __init__(self, number: int) -> None:
+        self.id = number
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FakeGpu) and self.id == other.id
+
+    def __repr__(self) -> str:
+        return f"<CUDA Device {self.id}>"
+
+
 @pytest.fixture
 def fake_cupy(monkeypatch):
     """CuPy's array type alone, which is all that telling arrays apart needs."""
     module: Any = type(sys)("cupy")
-    module.ndarray = type("ndarray", (), {"__module__": "cupy", "device": "<CUDA Device 0>"})
+    module.ndarray = type("ndarray", (), {"__module__": "cupy", "device": FakeGpu(0)})
     monkeypatch.setitem(sys.modules, "cupy", module)
     return module
 
@@ -176,7 +191,7 @@ def test_mixtures_by_a_stand_in_for_cupy(fake_cupy):
 
 def test_two_gpus_are_not_mixed(fake_cupy):
     a, b = fake_cupy.ndarray(), fake_cupy.ndarray()
-    b.device = "<CUDA Device 1>"
+    b.device = FakeGpu(1)
     with pytest.raises(ValueError, match="must be on one GPU, got key on <CUDA Device 0>, value on <CUDA Device 1>"):
         reshape_and_cache(a, b, a, a, [0])
 
