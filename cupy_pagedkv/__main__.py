@@ -13,7 +13,7 @@ import numpy as np
 
 from .blocks import BlockAllocator
 from .dtypes import as_dtype
-from .replay import MismatchError, Report, replay
+from .replay import MismatchError, OversizedRequestError, Report, replay
 from .traces import read_trace, synthetic_trace
 
 _DEFAULT_POOL_TOKENS = 2**18
@@ -21,10 +21,10 @@ _DEFAULT_SYNTHETIC_REQUESTS = 500
 
 
 def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kMGT])(i?))?B?", text.strip())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", text.strip().lower())
     if match is None:
         raise argparse.ArgumentTypeError(f"expected a size like 512MiB, 2GB or 1000000, got {text!r}")
-    power = " kMGT".index(match[2] or " ")
+    power = " kmgt".index(match[2] or " ")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
@@ -47,7 +47,6 @@ def _parser() -> argparse.ArgumentParser:
         description="Replay a trace of LLM requests through a paged KV cache with continuous batching, check every "
         "byte that comes out, and report how much memory the traffic needs.",
         epilog="The replay is saturated: a request starts as soon as blocks are free, whatever its timestamp.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
         "trace",
@@ -60,13 +59,17 @@ def _parser() -> argparse.ArgumentParser:
         "--num-blocks", type=_positive, help=f"blocks in the pool; by default for {_DEFAULT_POOL_TOKENS} tokens"
     )
     pool.add_argument("--memory", type=_size, help="memory for K and V of all layers instead, such as 512MiB or 2GB")
-    parser.add_argument("--block-size", type=_positive, default=16, help="tokens in a block")
-    parser.add_argument("--layers", type=_positive, default=2, help="layers")
-    parser.add_argument("--heads", type=_positive, default=2, help="KV heads")
-    parser.add_argument("--head-dim", type=_positive, default=16, help="elements of a head")
-    parser.add_argument("--dtype", type=_dtype, default="float16", help="of K and V; bfloat16 and float8_* too")
+    parser.add_argument("--block-size", type=_positive, default=16, help="tokens in a block (%(default)s)")
+    parser.add_argument("--layers", type=_positive, default=2, help="layers (%(default)s)")
+    parser.add_argument("--heads", type=_positive, default=2, help="KV heads (%(default)s)")
+    parser.add_argument("--head-dim", type=_positive, default=16, help="elements of a head (%(default)s)")
+    parser.add_argument(
+        "--dtype", type=_dtype, default="float16", help="of K and V; bfloat16 and float8_* too (%(default)s)"
+    )
     parser.add_argument("--device", help="cpu, cuda or cuda:N; by default a GPU where there is one")
-    parser.add_argument("--max-num-seqs", type=_positive, default=256, help="requests that run at once, at most")
+    parser.add_argument(
+        "--max-num-seqs", type=_positive, default=256, help="requests that run at once, at most (%(default)s)"
+    )
     parser.add_argument(
         "--limit",
         type=_positive,
@@ -137,9 +140,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             trace = options.trace
             requests = read_trace(trace)[: options.limit]
         if options.memory is not None:
-            budget = options.memory // options.layers
-            sizes = (options.block_size, options.heads, options.head_dim, options.dtype)
-            num_blocks = BlockAllocator.from_memory_budget(budget, *sizes).total_blocks
+            one_block = BlockAllocator(1, options.block_size)
+            block = options.layers * one_block.block_memory_size(options.heads, options.head_dim, options.dtype)
+            num_blocks = options.memory // block
+            if num_blocks == 0:
+                raise ValueError(f"a block takes {block} bytes in all layers, but --memory is {options.memory}")
         else:
             num_blocks = options.num_blocks or max(1, _DEFAULT_POOL_TOKENS // options.block_size)
         with _progress_bar(len(requests)) as bar:
@@ -159,7 +164,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MismatchError as mismatch:
         print(f"{parser.prog}: wrong bytes: {mismatch}", file=sys.stderr)
         return 1
-    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+    except OversizedRequestError as error:
+        where = f"{options.trace}:{error.request.line}: " if options.trace else ""
+        print(f"{parser.prog}: error: {where}{error} (--skip-oversized)", file=sys.stderr)
+        return 2
+    except (OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

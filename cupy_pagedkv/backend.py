@@ -22,8 +22,16 @@ __all__ = ["Backend", "backend_of", "backend_on"]
 
 Backend: TypeAlias = NumpyBackend | CudaBackend
 
-EMULATE = os.environ.get("CUPY_PAGEDKV_EMULATE") == "1"
-DEBUG = os.environ.get("CUPY_PAGEDKV_DEBUG") == "1"
+
+def _switch(name: str) -> bool:
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"the environment variable {name} must be 1 or 0, got {value!r}")
+    return value == "1"
+
+
+EMULATE = _switch("CUPY_PAGEDKV_EMULATE")
+DEBUG = _switch("CUPY_PAGEDKV_DEBUG")
 
 _numpy = NumpyBackend()
 

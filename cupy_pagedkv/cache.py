@@ -219,7 +219,10 @@ class LayeredPagedKVCache:
         self._block_table.set_num_tokens(seq_len)
 
     def block_table(self, index: int) -> BlockTable:
-        """The sequence's block table, the same object for every layer. Raises ``IndexError`` past the last layer."""
+        """The sequence's block table, the same object for every layer. Raises ``IndexError`` past the last layer.
+
+        It can be changed, but does not know the pool: blocks are checked by :meth:`set_blocks`, not by its own methods.
+        """
         self._layers[index]
         return self._block_table
 

@@ -19,12 +19,12 @@ __all__ = ["CudaBackend", "source_of"]
 _ACCESS_TYPES = {1: "unsigned char", 2: "unsigned short", 4: "unsigned int", 8: "uint2", 16: "uint4"}
 _INDEX_TYPES = {4: "int", 8: "long long"}
 _UNROLL = 8  # accesses of one thread, all loaded before the first is stored
+_MAX_BLOCK_BYTES = 2**30  # offsets inside a block are 32-bit in the kernels
 _MAX_WARPS = 4  # of a thread block: the kernels' __launch_bounds__
 
 _Defines = tuple[tuple[str, str | int], ...]
 
 
-@functools.cache
 def source_of(name: str, defines: _Defines) -> str:
     """``kernels/name.cu`` behind its parameters; the ``#line`` makes a compile error name the line in that file."""
     here = Path(__file__).parent
@@ -92,7 +92,7 @@ class CudaBackend:
         return f"cuda:{array.device.id}"
 
     def asnumpy(self, array: Any) -> np.ndarray:
-        """A copy in host memory. Waits for the current stream."""
+        """The array in host memory, once the current stream has got there."""
         return self.xp.asnumpy(array)  # type: ignore[no-any-return]
 
     def synchronize(self) -> None:
@@ -104,12 +104,15 @@ class CudaBackend:
         return device  # type: ignore[no-any-return]
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: Any) -> Any:
-        with self.on(device):
-            return self.xp.zeros(shape, dtype)
+        return self._make(self.xp.zeros, shape, dtype, device)
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: Any) -> Any:
+        return self._make(self.xp.empty, shape, dtype, device)
+
+    def _make(self, creator: Any, shape: tuple[int, ...], dtype: np.dtype[Any], device: Any) -> Any:
         with self.on(device):
-            return self.xp.empty(shape, dtype)
+            # As bytes: CuPy makes no arrays of float8 and other dtypes that its views can have.
+            return creator((*shape[:-1], shape[-1] * dtype.itemsize), np.uint8).view(dtype)
 
     def from_numpy(self, array: npt.NDArray[Any], device: Any) -> Any:
         """A copy on ``device``, made on the current stream through CuPy's own pinned memory."""
@@ -151,9 +154,9 @@ class CudaBackend:
         )
         block_size = k_cache.shape[1]
         row = max(math.prod(k_runs), math.prod(v_runs)) // access
-        if block_size * row * access >= 2**31:
+        if block_size * row * access > _MAX_BLOCK_BYTES:
             raise ValueError(
-                f"a block of K or V must be smaller than 2 GiB on this device, got block_size {block_size} "
+                f"a block of K or V must have at most {_MAX_BLOCK_BYTES} bytes here, got block_size {block_size} "
                 f"and rows of {row * access} bytes; use a smaller block_size"
             )
         defines: _Defines = (("ACCESS_T", _ACCESS_TYPES[access]), ("UNROLL", _UNROLL), ("BLOCK_SIZE", block_size))

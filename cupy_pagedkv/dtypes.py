@@ -19,7 +19,7 @@ def as_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
     """
     try:
         result = np.dtype(dtype)
-    except TypeError:
+    except (TypeError, ValueError, SyntaxError):  # SyntaxError: of a string like "i4,,"
         result = _ml_dtype(dtype)
     if result.hasobject or result.itemsize == 0 or result.subdtype is not None:
         raise TypeError(f"expected a dtype with items of one fixed size, such as float16 or bfloat16, got {result!r}")

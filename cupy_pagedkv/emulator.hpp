@@ -58,9 +58,12 @@ struct Fiber {
 };
 
 struct Warp {
+    unsigned alive;                  // lanes that exist and have not returned: the others count as arrived
     unsigned mask, arrived;          // of the collective that its lanes are in
     unsigned long long completed;    // collectives so far
-    std::uint64_t exchanged[2][32];  // by parity of `completed`: a lane may be at the next while others still read
+    // By parity of `completed`, since a lane may be at the next collective while others still read:
+    unsigned present[2];             // the lanes that took part
+    std::uint64_t exchanged[2][32];  // what each of them brought
 };
 
 // The block that runs.
@@ -69,7 +72,7 @@ static thread_local struct {
     Fiber* fibers;
     Warp* warps;
     unsigned current;               // thread
-    unsigned at_barrier;            // threads that wait in __syncthreads
+    unsigned alive, at_barrier;     // threads that have not returned, and that wait in __syncthreads
     unsigned long long barriers;    // completed so far
     bool progress;                  // whether something happened that may let a waiting thread go on
     void (*kernel)(void* arguments);
@@ -78,9 +81,31 @@ static thread_local struct {
 
 inline void suspend() { swapcontext(&block.fibers[block.current].context, &block.scheduler); }
 
+// Lets the lanes of a collective go on, if all have come.
+inline void complete(Warp& warp) {
+    if (!warp.arrived || (warp.mask & warp.alive) & ~warp.arrived) return;
+    warp.present[warp.completed % 2] = warp.arrived;
+    warp.arrived = 0;
+    ++warp.completed;
+    block.progress = true;
+}
+
+// The same for the threads of a barrier.
+inline void complete_barrier() {
+    if (!block.at_barrier || block.at_barrier < block.alive) return;
+    block.at_barrier = 0;
+    ++block.barriers;
+    block.progress = true;
+}
+
 inline void fiber_main() {
     block.kernel(block.arguments);
     block.fibers[block.current].done = block.progress = true;
+    Warp& warp = block.warps[block.current / 32];
+    warp.alive &= ~(1u << block.current % 32);
+    --block.alive;
+    complete(warp);
+    complete_barrier();
     suspend();
 }
 
@@ -89,9 +114,11 @@ inline void run_block(void (*kernel)(void*), void* arguments) {
     const unsigned n = threads_of_block();
     block.kernel = kernel;
     block.arguments = arguments;
+    block.alive = n;
     block.at_barrier = 0;
     std::memset(block.warps, 0, (n + 31) / 32 * sizeof(Warp));
     for (unsigned i = 0; i < n; ++i) {
+        block.warps[i / 32].alive |= 1u << i % 32;
         Fiber& fiber = block.fibers[i];
         fiber.done = false;
         getcontext(&fiber.context);
@@ -137,11 +164,7 @@ inline int meet(unsigned mask) {
                       "the mask of the lanes already there", lane, mask);
     warp.mask = mask;
     warp.arrived |= 1u << lane;
-    if (warp.arrived == mask) {
-        warp.arrived = 0;
-        ++warp.completed;
-        block.progress = true;
-    }
+    complete(warp);
     while (warp.completed == round || error[0]) suspend();
     return round % 2;
 }
@@ -162,11 +185,8 @@ inline int lane() { return block.current % 32; }
 inline void __syncthreads() {
     using emulated::block;
     const unsigned long long round = block.barriers;
-    if (++block.at_barrier == emulated::threads_of_block()) {
-        block.at_barrier = 0;
-        ++block.barriers;
-        block.progress = true;
-    }
+    ++block.at_barrier;
+    emulated::complete_barrier();
     while (block.barriers == round) emulated::suspend();
 }
 
@@ -191,7 +211,7 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
     const int half = emulated::meet(mask);
     unsigned votes = 0;
     for (int i = 0; i < 32; ++i)
-        if (mask >> i & 1) votes |= (unsigned)warp.exchanged[half][i] << i;
+        if (warp.present[half] >> i & 1) votes |= (unsigned)warp.exchanged[half][i] << i;
     return votes;
 }
 inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }

@@ -43,11 +43,11 @@ class CompileError(RuntimeError):
 @functools.cache
 def _compiler(cxx: str | None, path: str | None) -> tuple[tuple[str, ...], str]:
     """The command of the C++ compiler and what it says of its version."""
-    candidates = [cxx] if cxx else ["c++", "g++", "clang++"]
+    candidates = [cxx] if cxx and cxx.strip() else ["c++", "g++", "clang++"]
     for candidate in candidates:
         program, *flags = shlex.split(candidate)
         if found := shutil.which(program, path=path):
-            version = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
+            version = subprocess.run([found, *flags, "--version"], capture_output=True, text=True, check=False)
             return (found, *flags), version.stdout
     raise CompileError(
         f"the emulated device needs a C++ compiler, and none of {candidates} is on the PATH; "
@@ -137,8 +137,8 @@ class RawKernel:
             (ctypes.c_uint * 3)(*grid3), (ctypes.c_uint * 3)(*block3), addresses, sizes, ctypes.c_size_t(len(values))
         )
         if failure is not None:
-            message = f"{self.name}: {failure.decode()}"
-            raise TypeError(message) if "argument" in message else RuntimeError(message)
+            kind = TypeError if failure.startswith((b"argument", b"the kernel takes")) else RuntimeError
+            raise kind(f"{self.name}: {failure.decode()}")
 
 
 def _value(argument: Any) -> np.ndarray:

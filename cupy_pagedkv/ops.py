@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from . import backend as devices
 from .backend import Backend, backend_of
+from .dtypes import as_dtype
 
 __all__ = ["gather_cache", "reshape_and_cache"]
 
@@ -103,7 +104,7 @@ def gather_cache(
     names = {"k_cache": k_cache, "v_cache": v_cache}
     if out is not None:
         if not (isinstance(out, tuple) and len(out) == 2):
-            raise TypeError(f"out must be a tuple (key, value), got {type(out).__name__}")
+            raise TypeError(f"out must be a tuple (key, value), got {type(out).__name__} {out!r:.40}")
         names |= {"out[0]": out[0], "out[1]": out[1]}
     backend = backend_of(**names)
     check_pools(k_cache, v_cache)
@@ -120,22 +121,22 @@ def gather_cache(
         if len(out[0]) != len(out[1]):
             raise ValueError(f"out must have as many rows for key as for value, got {len(out[0])} and {len(out[1])}")
 
-    num_rows = None if out is None else len(out[0])
+    num_rows = 0 if out is None else len(out[0])
     on_host = isinstance(lens, np.ndarray) and (starts is None or isinstance(starts, np.ndarray))
-    if on_host or devices.DEBUG:
-        host_lens = _asnumpy(lens, backend)
-        host_starts = np.zeros_like(host_lens) if starts is None else _asnumpy(starts, backend)
-        total = _check_lengths(host_lens, host_starts, tables.shape[1] * k_cache.shape[1])
-        if num_rows is not None and total > num_rows:
-            raise ValueError(f"out has {num_rows} rows, but the sequences have {total} tokens to copy")
-        if backend.checks_indices or devices.DEBUG:
-            _check_blocks(_asnumpy(tables, backend), host_lens, host_starts, *k_cache.shape[:2])
-        num_rows = total
-    elif num_rows is None:
+    if not on_host and out is None:
         raise TypeError(
             "seq_lens and seq_starts must be lists or NumPy arrays, since the size of the result hangs on them; "
             "to keep them on the GPU, give out=(key, value)"
         )
+    if on_host or devices.DEBUG:
+        host_lens = _asnumpy(lens, backend)
+        host_starts = np.zeros_like(host_lens) if starts is None else _asnumpy(starts, backend)
+        total = _check_lengths(host_lens, host_starts, tables.shape[1] * k_cache.shape[1])
+        if out is not None and total > num_rows:
+            raise ValueError(f"out has {num_rows} rows, but the sequences have {total} tokens to copy")
+        if backend.checks_indices or devices.DEBUG:
+            _check_blocks(_asnumpy(tables, backend), host_lens, host_starts, *k_cache.shape[:2])
+        num_rows = total
 
     if out is None:
         key, value = (
@@ -185,8 +186,7 @@ def check_pools(k_cache: Array, v_cache: Array) -> None:
             raise ValueError(
                 f"{name} must be [num_blocks, block_size, num_kv_heads, head_dim], none of them 0, got {pool.shape}"
             )
-        if pool.dtype.hasobject:
-            raise TypeError(f"{name} must have items of fixed size, got {pool.dtype}")
+        as_dtype(pool.dtype)
         if pool.shape[3] > 1 and pool.strides[3] != pool.itemsize:
             raise ValueError(
                 f"the last axis of {name} must be contiguous, got strides {pool.strides} for {pool.dtype}; "

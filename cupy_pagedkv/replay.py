@@ -32,7 +32,15 @@ class MismatchError(AssertionError):
 
 
 class OversizedRequestError(ValueError):
-    """A request that the pool could not hold even alone."""
+    """A ``request`` that the pool could not hold even alone."""
+
+    def __init__(self, request: Request, reason: str) -> None:
+        super().__init__(request, reason)
+        self.request = request
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 @dataclass
@@ -100,7 +108,8 @@ def replay(
 ) -> Report:
     """Replay ``requests`` in their order through a new cache, with at most ``max_num_seqs`` running at once.
 
-    ``on_progress`` is called after each step with the number of requests that it finished. Raises
+    ``on_progress`` is called with the number of requests skipped, and after each step with the number that it finished.
+    Raises
     :class:`OversizedRequestError` before anything runs if a request cannot fit the pool (with ``skip_oversized`` such
     requests are left out and counted), :class:`MismatchError` if a byte that comes out is not the one that went in, and
     what making the cache raises.
@@ -115,11 +124,13 @@ def replay(
             sequences.append(sequence)
         elif not skip_oversized:
             raise OversizedRequestError(
-                f"request {number + 1} has {request.input_length} + {request.output_length} tokens and needs {needed} "
-                f"blocks of {block_size}, but the pool has {num_blocks}; make the pool larger or skip such requests"
+                request,
+                f"a request of {request.input_length} + {request.output_length} tokens needs {needed} blocks of "
+                f"{block_size}, but the pool has {num_blocks}; make the pool larger or skip such requests",
             )
     run = _Replay(cache, sequences, max_num_seqs)
     run.report.skipped = len(requests) - len(sequences)
+    on_progress(run.report.skipped)
     start = time.perf_counter()
     while run.waiting or run.running:
         on_progress(run.step())
@@ -132,13 +143,15 @@ def token_bytes(
 ) -> npt.NDArray[np.uint8]:
     """The K (``tensor`` 0) or V (1) of tokens: ``size`` bytes for each request number and position, ``[n, size]``.
 
-    A mixture in which every bit of request, position, layer, tensor and place in the row counts, so that a row from a
-    wrong place is never the right one. (The constants are those of MurmurHash3's finaliser and of xxHash.)
+    Every bit of request, position, layer, tensor and place in the row counts, by way of 64 bits a row, so that rows of
+    two places are hardly ever alike. (The constants are those of MurmurHash3's finaliser and of xxHash.)
     """
-    seeds = numbers.astype(np.uint32) * np.uint32(0x9E3779B1) ^ positions.astype(np.uint32) * np.uint32(0x85EBCA77)
-    seeds = _mix(seeds + np.uint32((2 * layer + tensor) * 0xC2B2AE3D & 0xFFFFFFFF))
-    places = _mix(np.arange(-(-size // 4), dtype=np.uint32) + np.uint32(0x27D4EB2F))
-    words = (seeds[:, None] ^ places) * np.uint32(0x9E3779B1)
+    numbers, positions = numbers.astype(np.uint32), positions.astype(np.uint32)
+    tensor_seed = np.uint32((2 * layer + tensor) * 0xC2B2AE3D & 0xFFFFFFFF)
+    low = _mix((numbers * np.uint32(0x9E3779B1) ^ positions * np.uint32(0x85EBCA77)) + tensor_seed)
+    high = _mix((positions * np.uint32(0xC2B2AE3D) ^ numbers * np.uint32(0x27D4EB2F)) - tensor_seed)
+    places = _mix(np.arange(-(-size // 4), dtype=np.uint32) + np.uint32(0x165667B1))
+    words = (low[:, None] ^ places) * np.uint32(0x9E3779B1) + high[:, None]
     words ^= words >> np.uint32(15)
     return words.view(np.uint8)[:, :size]
 
@@ -171,6 +184,10 @@ class _Replay:
             block_size=cache.block_size,
             pool_bytes=2 * len(cache) * pool.nbytes,
         )
+        # One token that goes nowhere and one that was never written, so that no time includes compiling a kernel.
+        nowhere = self._on_device(np.zeros((1, self.row_bytes), np.uint8))
+        cache[0].update(nowhere, nowhere, self.backend.from_numpy(np.array([-1]), self.place))
+        cache[0].gather(np.zeros((1, 1), np.int32), [1], seq_starts=[0])
 
     def step(self) -> int:
         """One step of continuous batching; returns how many requests it finished."""

@@ -10,7 +10,7 @@ import csv
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ class Request:
     timestamp: float
     input_length: int
     output_length: int
+    line: int = field(default=0, compare=False, repr=False)
+    """Of the file that it was read from, counted from 1; 0 for none."""
 
 
 class TraceError(ValueError):
@@ -69,8 +71,8 @@ def read_trace(path: str | Path) -> list[Request]:
                     else:
                         expected = ",".join(_AZURE_HEADER)
                         raise ValueError(f"expected the header {expected} or a JSON object, got {line[:80]!r}")
-                requests.append(parse(line))
-        except ValueError as error:
+                requests.append(replace(parse(line), line=number))
+        except (ValueError, csv.Error, RecursionError) as error:  # RecursionError: of JSON nested without end
             raise TraceError(path, number, str(error)) from None
     if not requests:
         raise TraceError(path, max(1, number), "there is no request in this file")

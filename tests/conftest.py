@@ -49,12 +49,21 @@ class Device:
         flat = self.xp.asarray(np.ascontiguousarray(host).reshape(-1).view(np.uint8))
         return flat.view(host.dtype).reshape(host.shape)
 
+    def skip_unless_it_has(self, dtype: np.dtype[Any]) -> None:
+        """Skip where CuPy's arrays cannot be of ``dtype``, not even as views."""
+        try:
+            self.xp.zeros(dtype.itemsize, np.uint8).view(dtype)
+        except (TypeError, ValueError) as error:
+            pytest.skip(f"no arrays of {dtype} here: {error}")
+
     def numpy(self, array: Any) -> np.ndarray:
         """A host copy of an array that must be where this device's arrays are."""
         assert type(array) is self.xp.ndarray, f"expected an array on {self.name}, got {type(array)}"
         if self.name != "cupy":
             return array.copy()
-        flat = self.xp.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        if not array.flags.c_contiguous:
+            array = self.xp.ascontiguousarray(array)
+        flat = array.reshape(-1).view(np.uint8)
         return self.xp.asnumpy(flat).view(array.dtype).reshape(array.shape)
 
 

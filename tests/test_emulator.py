@@ -116,11 +116,10 @@ def test_a_prefix_sum_over_a_warp():
     ("body", "message"),
     [
         (
-            "if (threadIdx.x) __syncthreads();",
-            r"thread 1 of block \(0, 0, 0\) waits at a barrier or collective that oth",
+            "if (threadIdx.x) __syncthreads(); else __syncwarp(3);",
+            r"thread 0 of block \(0, 0, 0\) waits at a barrier or collective that others never reach",
         ),
-        ("if (threadIdx.x < 9) __syncwarp();", "thread 0 of block .* waits"),
-        ("__shfl_sync(threadIdx.x ? ~0u : 1u, 1, 0);", "lane 1 came to a collective with mask ffffffff|waits"),
+        ("if (threadIdx.x < 9) __syncwarp(); else __syncthreads();", "thread 0 of block .* waits"),
         ("if (threadIdx.x == 3) __syncwarp(1);", "lane 3 came to a collective with mask 00000001, which leaves it out"),
     ],
 )
@@ -128,6 +127,21 @@ def test_a_kernel_that_is_stuck_is_an_error_and_the_next_launch_is_fine(body, me
     with pytest.raises(RuntimeError, match=message):
         run(body, 64)
     assert run("__syncthreads(); x[threadIdx.x] += 1;", 64)[:64].tolist() == list(range(1, 65))
+
+
+def test_threads_that_returned_or_never_were_count_as_arrived():
+    """As on a GPU since Volta (CUDA programming guide, "Synchronization Functions")."""
+    body = "int i = threadIdx.x; if (i % 3) return; __syncthreads(); x[i] = -1; __syncthreads();"
+    assert run(body, 40)[:6].tolist() == [-1, 1, 2, -1, 4, 5]
+    assert run("x[threadIdx.x] = __popc(__ballot_sync(0xffffffffu, 1));", 16)[:16].tolist() == [16] * 16
+    body = "int i = threadIdx.x; if (i < 5) return; __syncwarp(); x[i] = __popc(__ballot_sync(0xffffffffu, 1));"
+    assert run(body, 32)[:32].tolist() == [0, 1, 2, 3, 4] + [27] * 27
+
+
+def test_a_stuck_kernel_is_no_matter_of_its_name():
+    code = 'extern "C" __global__ void argument() { if (threadIdx.x) __syncthreads(); else __syncwarp(3); }'
+    with pytest.raises(RuntimeError, match="waits"):
+        RawKernel(code, "argument")((1,), (64,), ())
 
 
 def test_threads_of_the_host_do_not_disturb_each_other():

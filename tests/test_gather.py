@@ -89,6 +89,23 @@ def test_starts_around_block_edges(device, rng):
     check(device, pools, poisoned_tables(rng, 200, 16, lens), list(lens), list(starts))
 
 
+def test_two_tokens_on_both_sides_of_an_edge(device, rng):
+    """The most blocks that rows can touch: the grid has to be large enough for these."""
+    pools = filled_pools(device, rng, *oracle.pools("NHD", 200, 16, 1, 8, np.float16))
+    for num_seqs in (1, 2, 40):
+        lens = [17] * num_seqs
+        check(device, pools, poisoned_tables(rng, 200, 16, lens), lens, [15] * num_seqs)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("num_blocks", [1024, 10000])
+@pytest.mark.parametrize("block_size", [1, 8, 16, 32])
+def test_grid_of_pools(device, rng, block_size, num_blocks, layout):
+    pools = filled_pools(device, rng, *oracle.pools(layout, num_blocks, block_size, 2, 16, ml_dtypes.bfloat16))
+    lens = [0, 1, 15, 16, 17, 45, 400]
+    check(device, pools, poisoned_tables(rng, num_blocks, block_size, lens), lens, [0, 0, 3, 16, 1, 44, 7])
+
+
 @pytest.mark.parametrize("num_seqs", [1, 2, 31, 32, 33, 100, 1024, 1025, 1500])
 def test_numbers_of_sequences(device, rng, num_seqs):
     """The kernel looks for a row's sequence 32 at a time: one, two and three rounds."""
@@ -116,8 +133,7 @@ def test_pools_that_start_at_any_element(device, rng, dim, dtype, first):
 
 @pytest.mark.parametrize("dtype", EVERY_DTYPE, ids=str)
 def test_every_dtype_bit_for_bit(device, rng, dtype):
-    if device.name == "cupy" and dtype.kind in "MVS":
-        pytest.skip(f"CuPy has no arrays of {dtype}")
+    device.skip_unless_it_has(dtype)
     for layout in ("NHD", "HND"):
         pools = filled_pools(device, rng, *oracle.pools(layout, 8, 4, 3, 5, dtype))
         check(device, pools, poisoned_tables(rng, 8, 4, [9, 6]), [9, 6], [1, 0])

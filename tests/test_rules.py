@@ -111,7 +111,25 @@ def test_things_that_are_no_arrays(scene):
     refused(gather_cache, gather, TypeError, "k_cache must be a NumPy or CuPy array, got NoneType", k_cache=None)
     refused(gather_cache, gather, TypeError, "out must be a tuple", out=[*gather["out"]])
     refused(gather_cache, gather, TypeError, "out must be a tuple", out=gather["out"][0])
+    three = (*gather["out"], 1)
+    refused(gather_cache, gather, TypeError, r"must be a tuple \(key, value\), got tuple", out=three)
     refused(reshape_and_cache, scatter, TypeError, "slot_mapping must be int32 or int64", slot_mapping="159")
+
+
+def test_items_of_no_size(scene):
+    device, scatter, _ = scene
+    if device.name == "cupy":
+        pytest.skip("CuPy has no such dtype")
+    key, pool = np.zeros((3, 2, 4), np.dtype([])), np.zeros((4, 8, 2, 4), np.dtype([]))
+    spoiled = {"key": key, "value": key, "k_cache": pool, "v_cache": pool}
+    refused(reshape_and_cache, scatter, TypeError, "items of one fixed size", **spoiled)
+
+
+def test_blocks_too_large_for_the_kernels(kernel_device):
+    pool = kernel_device.xp.zeros(1, np.uint8)
+    pool = kernel_device.xp.lib.stride_tricks.as_strided(pool, (1, 1, 1, 2**30 + 1), (1, 1, 1, 1))
+    with pytest.raises(ValueError, match="a block of K or V must have at most 1073741824 bytes here, got block_size 1"):
+        reshape_and_cache(pool[0], pool[0], pool, pool, [0])
 
 
 def test_pools_need_a_contiguous_last_axis(scene):
@@ -240,6 +258,13 @@ def test_environment_is_read_at_import():
         assert run.stderr == ""
 
 
+def test_environment_takes_no_other_value():
+    environment = {**os.environ, "CUPY_PAGEDKV_DEBUG": "true"}
+    command = [sys.executable, "-c", "import cupy_pagedkv"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "ValueError: the environment variable CUPY_PAGEDKV_DEBUG must be 1 or 0, got 'true'" in run.stderr
+
+
 def test_import_loads_neither_cupy_nor_a_compiler():
     program = "import sys, cupy_pagedkv; print({'cupy', 'cupy_pagedkv.emulator', 'ml_dtypes'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -254,7 +279,9 @@ def test_ml_dtypes_by_name(name):
     assert as_dtype(name) == np.dtype(getattr(ml_dtypes, name))
 
 
-@pytest.mark.parametrize("dtype", ["object", "S", "V0", "(2,)f4", "finfo", "no_such", 7, np.dtypes.StringDType()])
+@pytest.mark.parametrize(
+    "dtype", ["object", "S", "V0", "(2,)f4", "finfo", "no_such", "i4,,", [], 7, np.dtypes.StringDType()]
+)
 def test_dtypes_without_items_of_one_size(dtype):
     with pytest.raises(TypeError, match="expected a dtype"):
         as_dtype(dtype)
