@@ -259,8 +259,8 @@ def test_what_cannot_be_used_is_an_error_on_one_line(capsys, arguments, message)
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--memory", "much"], ["--memory", "1MB", "--num-blocks", "1"], ["--layers", "0"], ["--dtype", "float17"], ["--dtype", "(2,"],
-     ["--limit", "-1"], ["--max-num-seqs", "x"], ["--heads", "1.5"]],
+    [["--memory", "much"], ["--memory", "1MB", "--num-blocks", "1"], ["--layers", "0"], ["--dtype", "float17"],
+     ["--dtype", "(2,"], ["--limit", "-1"], ["--max-num-seqs", "x"], ["--heads", "1.5"]],
 )  # fmt: skip
 def test_wrong_options(capsys, arguments):
     with pytest.raises(SystemExit) as caught:

@@ -66,6 +66,19 @@ def test_grid_of_pools(device, rng, block_size, num_blocks):
     )
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("num_blocks", [1024, 10000])
+@pytest.mark.parametrize("block_size", [1, 8, 16, 32])
+def test_grid_of_pools_and_layouts(device, rng, block_size, num_blocks, layout):
+    """With smaller rows, so that all of these pools fit a small machine."""
+    dtype = ml_dtypes.bfloat16
+    host, on_device = fused(device, rng, 42, 2, 16, dtype)
+    slots = rng.permutation(num_blocks * block_size)[:42]
+    check(
+        device, rng, *host, device.array(slots), *oracle.pools(layout, num_blocks, block_size, 2, 16, dtype), on_device
+    )
+
+
 @pytest.mark.parametrize("row", [64, 96, 98, 100, 128, 256, 512, 1024])
 def test_rows_of_one_head(device, rng, row):
     key, value = oracle.random_array(rng, (2, 33, 1, row), np.float16)

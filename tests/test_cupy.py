@@ -1,0 +1,222 @@
+"""CuPy's side. Without a GPU, its real array type over host memory; with one, streams, graphs and contexts.
+
+CuPy need not be installed for the suite; where it is not, these tests say so and skip.
+"""
+
+import subprocess
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+
+import cupy_pagedkv.backend as backend
+from cupy_pagedkv import BlockAllocator, LayeredPagedKVCache, PagedKVCache, gather_cache, reshape_and_cache
+from cupy_pagedkv.cuda_backend import CudaBackend, source_of
+from cupy_pagedkv.emulator import RawKernel
+
+cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+
+
+# Without a GPU: `cupy.ndarray` in host memory, and kernels that are told its addresses.
+
+
+def over(host: np.ndarray) -> Any:
+    """A CuPy array that is ``host``'s memory. What needs no driver works: shapes, strides, views, addresses."""
+    host = np.ascontiguousarray(host)
+    memory = cupy.cuda.UnownedMemory(host.ctypes.data, max(1, host.nbytes), host, 0)
+    flat = cupy.ndarray(host.nbytes, np.uint8, cupy.cuda.MemoryPointer(memory, 0))
+    return flat.view(host.dtype).reshape(host.shape)
+
+
+class AddressedKernel:
+    """Takes what CuPy takes, CuPy's arrays among it."""
+
+    def __init__(self, code: str, name: str) -> None:
+        self.kernel = RawKernel(code, name)
+
+    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...]) -> None:
+        converted = [np.uintp(a.data.ptr) if isinstance(a, cupy.ndarray) else a for a in args]
+        self.kernel(grid, block, tuple(converted))
+
+
+class HostMemoryBackend(CudaBackend):
+    """The CUDA backend with all that needs a driver replaced: compiling, allocating and copying."""
+
+    def __init__(self) -> None:
+        super().__init__(cupy)
+        self._processors_of[0] = 4
+
+    def _build_kernel(self, name: str, defines: Any) -> Any:
+        return AddressedKernel(source_of(name, defines), name)
+
+    def on(self, device: Any) -> AbstractContextManager[Any]:
+        assert isinstance(device, cupy.cuda.Device)
+        return nullcontext()
+
+    def _make(self, creator: Any, shape: tuple[int, ...], dtype: np.dtype[Any], device: Any) -> Any:
+        return over(np.zeros(shape, dtype))
+
+    def from_numpy(self, array: np.ndarray, device: Any) -> Any:
+        return over(array)
+
+
+@pytest.fixture
+def host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    instance = HostMemoryBackend()
+    monkeypatch.setattr(backend, "_cuda", lambda: instance)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("layout", ["NHD", "HND", "interleaved"])
+def test_operations_on_cupy_arrays_in_host_memory(host_memory, rng, layout, dtype):
+    size, views = oracle.pools(layout, 6, 8, 2, 4, dtype)
+    expected = oracle.random_bytes(rng, size)
+    buffer = expected.copy()
+    pools = views(over(buffer))
+    qkv = oracle.random_array(rng, (9, 3, 2, 4), dtype)
+    on_device = over(qkv)
+    slots = np.array([3, 40, -1, 0, 9, 10, 47, 48, 20])  # one past the pool, which the kernel skips
+    reshape_and_cache(on_device[:, 1], on_device[:, 2], *pools, over(slots))
+    for tensor, pool in enumerate(views(expected), 1):
+        oracle.scatter(qkv[:, tensor], pool, np.where(slots == 48, -1, slots))
+    assert np.array_equal(buffer, expected)
+
+    tables, lens, starts = np.array([[0, 1], [5, -1]], np.int32), np.array([11, 3]), np.array([2, 0])
+    memory = np.zeros((2, 20, 2, 4), dtype)
+    out = tuple(over(array) for array in memory)
+    for array, held in zip(out, memory, strict=True):
+        assert array.data.ptr == held.ctypes.data
+    assert gather_cache(*pools, over(tables), over(lens), seq_starts=over(starts), out=out) is out
+    for array, pool in zip(memory, views(expected), strict=True):
+        rows = oracle.gather(oracle.opaque(pool), tables, lens, starts)
+        assert oracle.opaque(array)[:12].tobytes() == rows.tobytes()
+        assert not array[12:].view(np.uint8).any()
+    key, _ = gather_cache(*pools, tables.tolist(), lens, seq_starts=starts)
+    assert type(key) is cupy.ndarray
+    assert (key.shape, key.dtype) == ((12, 2, 4), dtype)
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_lengths_on_the_gpu_need_out(host_memory, monkeypatch, debug):
+    monkeypatch.setattr(backend, "DEBUG", debug)
+    pools = over(np.zeros((2, 6, 8, 2, 4), np.float16))
+    with pytest.raises(TypeError, match=r"to keep them on the GPU, give out=\(key, value\)"):
+        gather_cache(pools[0], pools[1], [[0]], over(np.array([3])))
+
+
+def test_a_cache_over_cupy_arrays(host_memory):
+    pools = over(np.zeros((2, 6, 8, 2, 4), np.float16))
+    cache = PagedKVCache.from_pools(pools[0], pools[1])
+    assert cache.device == "cuda:0"
+    assert [array.shape for array in over(np.zeros((3, 2, 6, 8, 2, 4)))] == [(2, 6, 8, 2, 4)] * 3
+
+
+def test_a_driver_that_is_not_there_is_no_gpu():
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError:
+        count = 0
+    assert backend._usable_gpus()[0] == count
+    if not count:
+        with pytest.raises(RuntimeError, match="device 'cuda' was asked for, but CuPy"):
+            PagedKVCache(4, 8, 2, 4, np.float16, "cuda")
+
+
+# With a GPU.
+
+
+@pytest.fixture
+def gpu() -> None:
+    count, reason = backend._usable_gpus()
+    if not count:
+        pytest.skip(f"no GPU: {reason}")
+
+
+def tokens(n: int, value: float) -> Any:
+    return cupy.full((n, 2, 64), value, np.float16)
+
+
+def test_work_goes_to_the_current_stream(gpu):
+    """Behind a long piece of work on its stream, an update sees what that work leaves, and nothing waits for it."""
+    cache = PagedKVCache(64, 16, 2, 64, np.float16, "cuda")
+    key = tokens(1024, 0)
+    cache.update(key, key, cupy.arange(1024))  # compiles
+    busy = cupy.ones((4096, 4096), np.float32)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        for _ in range(50):
+            product = busy @ busy
+        key[...] = 1
+        cache.update(key, key, cupy.arange(1024))
+        assert not stream.done, "the update waited for the stream, or the work ahead of it was too short"
+        k, _ = cache.gather(np.arange(64)[None], [1024])
+    stream.synchronize()
+    assert product[0, 0] == 4096
+    assert (k == 1).all()
+
+
+def test_two_streams_do_not_race(gpu):
+    caches = [PagedKVCache(64, 16, 2, 64, np.float16, "cuda") for _ in range(2)]
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
+    for turn in range(1, 51):
+        results = []
+        for cache, stream, sign in zip(caches, streams, (1, -1), strict=True):
+            with stream:
+                key = tokens(1024, sign * turn)
+                cache.update(key, key, np.random.default_rng(turn).permutation(1024))
+                results.append(cache.gather(np.arange(64)[None], [1024]))
+        for stream, (k, v), sign in zip(streams, results, (1, -1), strict=True):
+            stream.synchronize()
+            assert (k == sign * turn).all()
+            assert (v == sign * turn).all()
+
+
+def test_a_captured_graph_replays_with_other_slots_and_lengths(gpu):
+    cache = PagedKVCache(4, 8, 2, 64, np.float16, "cuda")
+    key, slots = tokens(3, 1), cupy.array([0, 1, 2])
+    tables, lens = cupy.array([[0, 1], [3, 2]], dtype=np.int32), cupy.array([3, 0])
+    out = (tokens(12, 7), tokens(12, 7))
+
+    def step() -> None:
+        cache.update(key, key, slots)
+        cache.gather(tables, lens, out=out)
+
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        step()  # the first call of each shape compiles and loads its kernel, which a capture does not allow
+        stream.begin_capture()
+        step()
+        graph = stream.end_capture()
+        key[...] = 2
+        slots[...] = cupy.array([24, -1, 31])
+        lens[...] = cupy.array([2, 8])
+        graph.launch(stream)
+    stream.synchronize()
+    expected = np.repeat([1, 1, 2, 0, 0, 0, 0, 0, 0, 2, 7, 7], 2 * 64).reshape(12, 2, 64)
+    for array in out:
+        assert np.array_equal(cupy.asnumpy(array), expected)
+
+
+def test_importing_creates_no_context(gpu):
+    program = (
+        "import cupy_pagedkv, cupy; from cuda.bindings import driver; driver.cuInit(0); "
+        "print(driver.cuDevicePrimaryCtxGetState(0)[2])"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout == "0\n"
+
+
+def test_layers_on_a_gpu(gpu):
+    allocator = BlockAllocator(8, 4)
+    cache = LayeredPagedKVCache(2, 8, 4, 2, 64, "bfloat16", "cuda")
+    cache.allocate_blocks(6, allocator)
+    key = tokens(6, 3).view(ml_dtypes.bfloat16)
+    for layer in cache:
+        layer.update(key, key, cupy.asarray(cache.compute_slot_mapping(0, 6)))
+    k, _ = cache[1].gather([cache.block_table_device_format(1)], [6])
+    assert (k.view(np.float16) == 3).all()
