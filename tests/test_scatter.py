@@ -193,6 +193,17 @@ def test_padding_between_fields_is_copied_too(device, rng):
     check(device, rng, key, value, slots, *oracle.pools("HND", 8, 8, 3, 5, dtype))
 
 
+def test_k_and_v_of_different_dtypes(device, rng):
+    key = oracle.random_array(rng, (5, 2, 3), ml_dtypes.float8_e4m3fn)
+    value = oracle.random_array(rng, (5, 2, 3), np.float32)
+    expected = [oracle.random_array(rng, (4, 4, 2, 3), tokens.dtype) for tokens in (key, value)]
+    pools = [device.array(pool) for pool in expected]
+    reshape_and_cache(device.array(key), device.array(value), *pools, [3, 15, -1, 0, 8])
+    for tokens, pool, result in zip((key, value), expected, pools, strict=True):
+        oracle.scatter(tokens, pool, [3, 15, -1, 0, 8])
+        assert oracle.opaque(device.numpy(result)).tobytes() == oracle.opaque(pool).tobytes()
+
+
 def test_nan_payloads_survive(device):
     payloads = np.arange(0x7C01, 0x7C01 + 64, dtype=np.uint16)  # signalling NaNs of float16
     key = payloads.view(np.float16).reshape(2, 4, 8)
