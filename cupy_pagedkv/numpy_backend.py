@@ -1,6 +1,5 @@
 """The NumPy backend: the fallback where there is no GPU, and the oracle that the kernels are tested against."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -43,9 +42,6 @@ class NumpyBackend:
 
     def asnumpy(self, array: _Array) -> _Array:
         return array
-
-    def on(self, device: str) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def synchronize(self) -> None:
         pass
