@@ -48,7 +48,7 @@ __device__ __forceinline__ void scatter_rows(
     }
 }
 
-extern "C" __global__ void __launch_bounds__(128, 8) reshape_and_cache(
+extern "C" __global__ void __launch_bounds__(128) reshape_and_cache(
     const char* key, long long key_token, long long key_head, long long key_dim,
     const char* value, long long value_token, long long value_head, long long value_dim,
     char* k_cache, long long k_block, long long k_slot, long long k_head,

@@ -85,11 +85,11 @@ def test_rows_of_one_head(device, rng, row):
     check(device, rng, key, value, rng.permutation(40 * 16)[:33], *oracle.pools("NHD", 40, 16, 1, row, np.float16))
 
 
-@pytest.mark.parametrize("num_tokens", [1, 2, 3, 5, 31, 32, 33, 127, 128, 255, 1000, 4096])
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 5, 31, 32, 33, 127, 128, 255, 1000, 4096, 16384])
 def test_numbers_of_tokens(device, rng, num_tokens):
     key, value = oracle.random_array(rng, (2, num_tokens, 2, 16), np.float32)
-    slots = rng.permutation(300 * 16)[:num_tokens]
-    check(device, rng, key, value, slots, *oracle.pools("NHD", 300, 16, 2, 16, np.float32))
+    slots = rng.permutation(1100 * 16)[:num_tokens]
+    check(device, rng, key, value, slots, *oracle.pools("NHD", 1100, 16, 2, 16, np.float32))
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND", "packed"])
