@@ -67,8 +67,8 @@ def backend_of(**arrays: Any) -> Backend:
     for name, array in arrays.items():
         if not isinstance(array, (np.ndarray, cupy_array)):
             raise TypeError(f"{name} must be a NumPy or CuPy array, got {type(array).__name__}")
-    kinds = ", ".join(f"{name} is {type(array).__module__}.ndarray" for name, array in arrays.items())
     if any(isinstance(array, np.ndarray) for array in arrays.values()):
+        kinds = ", ".join(f"{name} is {type(array).__module__}.ndarray" for name, array in arrays.items())
         raise TypeError(f"NumPy and CuPy arrays cannot be mixed in one call: {kinds}; move them to one device")
     first, *others = arrays.values()
     if any(array.device != first.device for array in others):
