@@ -63,8 +63,8 @@ def _alignment(tokens: Any, pool: Any, runs: tuple[int, int, int], *addresses: i
 class CudaBackend:
     """Arrays and operations on the GPUs that CuPy sees.
 
-    The emulated device is a subclass that replaces the methods down to ``on``. A ``device`` is what the arrays'
-    ``device`` attribute holds: here a ``cupy.cuda.Device``.
+    The emulated device is a subclass that replaces what needs CuPy. A ``device`` is what the arrays' ``device`` attribute
+    holds: here a ``cupy.cuda.Device``.
     """
 
     name = "cuda"
@@ -115,9 +115,10 @@ class CudaBackend:
             return creator((*shape[:-1], shape[-1] * dtype.itemsize), np.uint8).view(dtype)
 
     def from_numpy(self, array: npt.NDArray[Any], device: Any) -> Any:
-        """A copy on ``device``, made on the current stream through CuPy's own pinned memory."""
+        """A copy on ``device``, made on the current stream; ``array`` may be changed as soon as this returns."""
         with self.on(device):
-            return self.xp.asarray(array)
+            # CuPy stages pageable memory, but reads pinned memory whenever the stream gets there: hence a copy of ours.
+            return self.xp.asarray(array.copy())
 
     def reshape_and_cache(self, key: Any, value: Any, k_cache: Any, v_cache: Any, slot_mapping: Any) -> None:
         defines, row = self._specialise(key, value, k_cache, v_cache)
