@@ -63,8 +63,8 @@ def _alignment(tokens: Any, pool: Any, runs: tuple[int, int, int], *addresses: i
 class CudaBackend:
     """Arrays and operations on the GPUs that CuPy sees.
 
-    The emulated device is a subclass that replaces what needs CuPy. A ``device`` is what the arrays' ``device`` attribute
-    holds: here a ``cupy.cuda.Device``.
+    The emulated device is a subclass that replaces what needs CuPy. A ``device`` is what the ``device`` attribute of
+    arrays holds: here a ``cupy.cuda.Device``.
     """
 
     name = "cuda"

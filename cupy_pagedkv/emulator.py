@@ -8,9 +8,9 @@
 >>> x
 array([0, 2, 4, 6], dtype=int32)
 
-:class:`RawKernel` stands in for ``cupy.RawKernel``, and :class:`EmulatedBackend` is the CUDA backend with NumPy and that
-class in CuPy's place, so that the sources and the launch code that run here are those that run on a GPU. It needs a
-C++17 compiler for the first run of each kernel; ``emulator.hpp`` is what the kernel sees of CUDA.
+:class:`RawKernel` stands in for ``cupy.RawKernel``, and :class:`EmulatedBackend` is the CUDA backend with NumPy and
+that class in CuPy's place, so that the sources and the launch code that run here are those that run on a GPU. It needs
+a C++17 compiler for the first run of each kernel; ``emulator.hpp`` is what the kernel sees of CUDA.
 """
 
 import ctypes
