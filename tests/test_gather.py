@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_scatter import DTYPES, EVERY_DTYPE, HEAD_DIMS, LAYOUTS
 
-from cupy_pagedkv import gather_cache
+from cupy_pagedkv import gather_cache, reshape_and_cache
 from cupy_pagedkv.backend import backend_of
+from cupy_pagedkv.cuda_backend import CudaBackend
 
 LENGTHS = [0, 1, 15, 16, 17, 45, 400, 203]
 
@@ -87,6 +88,22 @@ def test_starts_around_block_edges(device, rng):
     pairs = [(start, n) for n in (1, 15, 16, 17, 31, 32, 33, 48) for start in (0, 1, 15, 16, 17, 31, 32, 47, 48)]
     starts, lens = zip(*(pair for pair in pairs if pair[0] <= pair[1]), strict=True)
     check(device, pools, poisoned_tables(rng, 200, 16, lens), list(lens), list(starts))
+
+
+def test_a_sequence_with_nothing_to_copy_needs_no_block(device, rng):
+    pools = filled_pools(device, rng, *oracle.pools("NHD", 6, 4, 1, 8, np.float16))
+    check(device, pools, [[-1, 99], [3, -1], [99, -1]], [7, 2, 0], [7, 1, 0])
+
+
+def test_nothing_to_copy_is_no_launch(kernel_device, rng, monkeypatch):
+    _, device_pools = filled_pools(kernel_device, rng, *oracle.pools("NHD", 6, 4, 1, 8, np.float16))
+    monkeypatch.setattr(CudaBackend, "_launch", None)
+    for tables, lens in (([[0], [1]], [0, 0]), ([], []), ([[]], [0])):
+        for array in gather_cache(*device_pools, tables, lens):
+            assert kernel_device.numpy(array).shape == (0, 1, 8)
+    nothing = kernel_device.xp.zeros((0, 1, 8), np.float16)
+    gather_cache(*device_pools, [[0]], kernel_device.array(np.array([0])), out=(nothing, nothing))
+    reshape_and_cache(nothing, nothing, *device_pools, [])
 
 
 def test_two_tokens_on_both_sides_of_an_edge(device, rng):

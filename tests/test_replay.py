@@ -156,6 +156,14 @@ def test_a_replay_worked_by_hand(device):
     assert report.backend == {"cupy": "cuda"}.get(device.name, device.name)
 
 
+def test_a_preempted_request_waits_first_in_line():
+    """As above, with a third request that would fit beside the first while the second waits, but comes behind it."""
+    finished: list[int] = []
+    replay([Request(0, 4, 4), Request(0, 3, 3), Request(0, 1, 1)], on_progress=finished.append,
+           **{**SMALL, "num_blocks": 3})  # fmt: skip
+    assert finished == [0, 0, 0, 0, 0, 1, 0, 1, 1]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "float32", "bool", "complex64"])
 def test_a_crowded_pool(device, dtype):
     requests = [Request(i, 1 + 7 * i % 17, 1 + 5 * i % 11) for i in range(40)] + [Request(99, 0, 0), Request(99, 0, 5)]
