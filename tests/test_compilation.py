@@ -12,11 +12,12 @@ import conftest
 import ml_dtypes
 import numpy as np
 import pytest
-from cuda.core import Program, ProgramOptions
 
 import cupy_pagedkv.backend as backend
 from cupy_pagedkv import PagedKVCache
 from cupy_pagedkv.cuda_backend import source_of
+
+cuda_core = pytest.importorskip("cuda.core", reason="cuda.core is not installed, which NVRTC is called through")
 
 KERNELS = {path.stem for path in (Path(__file__).parent.parent / "kernels").glob("*.cu")}
 COMMON = [(8, 128, 128), (1, 576, 512), (32, 128, 128), (8, 64, 64), (8, 46, 46)]
@@ -25,8 +26,8 @@ COMMON = [(8, 128, 128), (1, 576, 512), (32, 128, 128), (8, 64, 64), (8, 46, 46)
 def compile_for(arch: int, code: str) -> tuple[list[int], str]:
     """Bytes of stack frame, of spill stores and of spill loads, and all that the compiler said."""
     log = io.StringIO()
-    options = ProgramOptions(arch=f"sm_{arch}", std="c++17", ptxas_options=["-v"])
-    Program(code, "c++", options).compile("cubin", logs=log)
+    options = cuda_core.ProgramOptions(arch=f"sm_{arch}", std="c++17", ptxas_options=["-v"])
+    cuda_core.Program(code, "c++", options).compile("cubin", logs=log)
     text = log.getvalue()
     [numbers] = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
     return [int(number) for number in numbers], text
