@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from .cuda_backend import CudaBackend, source_of
+from .numpy_backend import HostArrays
 
 __all__ = ["CompileError", "EmulatedBackend", "RawKernel"]
 
@@ -154,7 +155,7 @@ def _value(argument: Any) -> np.ndarray:
     raise TypeError(f"a kernel takes arrays, numbers and NumPy scalars, got {type(argument).__name__}")
 
 
-class EmulatedBackend(CudaBackend):
+class EmulatedBackend(HostArrays, CudaBackend):
     """The CUDA backend on NumPy arrays, with :class:`RawKernel` of this module for CuPy's."""
 
     name = "emulated"
@@ -171,17 +172,5 @@ class EmulatedBackend(CudaBackend):
     def _address(self, array: np.ndarray) -> int:
         return array.ctypes.data
 
-    def device_name(self, array: np.ndarray) -> str:
-        return "cpu"
-
-    def asnumpy(self, array: np.ndarray) -> np.ndarray:
-        return array
-
-    def synchronize(self) -> None:
-        pass
-
     def on(self, device: str) -> AbstractContextManager[None]:
         return nullcontext()
-
-    def from_numpy(self, array: np.ndarray, device: str) -> np.ndarray:
-        return array

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["NumpyBackend"]
+__all__ = ["HostArrays", "NumpyBackend"]
 
 _Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -30,12 +30,10 @@ def _opaque(tokens: _Array, pool: _Array) -> tuple[_Array, _Array]:
     )
 
 
-class NumpyBackend:
-    """Arrays and operations in host memory; ``device`` is always ``"cpu"``."""
+class HostArrays:
+    """Arrays in host memory, where NumPy and the emulated device work; ``device`` is always ``"cpu"``."""
 
-    name = "numpy"
     ndarray: type = np.ndarray
-    checks_indices = True
 
     def device_name(self, array: _Array) -> str:
         return "cpu"
@@ -54,6 +52,13 @@ class NumpyBackend:
 
     def from_numpy(self, array: _Array, device: str) -> _Array:
         return array
+
+
+class NumpyBackend(HostArrays):
+    """The operations by NumPy's own indexing."""
+
+    name = "numpy"
+    checks_indices = True
 
     def reshape_and_cache(
         self, key: _Array, value: _Array, k_cache: _Array, v_cache: _Array, slot_mapping: _Array

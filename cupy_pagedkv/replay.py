@@ -109,10 +109,10 @@ def replay(
     """Replay ``requests`` in their order through a new cache, with at most ``max_num_seqs`` running at once.
 
     ``on_progress`` is called with the number of requests skipped, and after each step with the number that it finished.
-    Raises
-    :class:`OversizedRequestError` before anything runs if a request cannot fit the pool (with ``skip_oversized`` such
-    requests are left out and counted), :class:`MismatchError` if a byte that comes out is not the one that went in, and
-    what making the cache raises.
+
+    Raises :class:`OversizedRequestError` before anything runs if a request cannot fit the pool (with ``skip_oversized``
+    such requests are left out and counted), :class:`MismatchError` if a byte that comes out is not the one that went
+    in, and what making the cache raises.
     """
     at_least(1, "max_num_seqs", max_num_seqs)
     cache = LayeredPagedKVCache(num_layers, num_blocks, block_size, num_heads, head_dim, dtype, device)
@@ -296,11 +296,11 @@ class _Replay:
             len(lengths) * self.max_length,
         )
         self.report.steps += 1
-        self.report.peak_blocks = self.allocator.stats().peak_usage
         self.report.peak_running = max(self.report.peak_running, len(lengths))
 
     def finished_report(self) -> Report:
         held, held_in_buffers, taken, taken_by_buffers = self.places.tolist()
+        self.report.peak_blocks = self.allocator.stats().peak_usage
         pool = self.report.steps * self.allocator.total_blocks * self.cache.block_size
         self.report.pool_share = held / max(1, pool)
         self.report.pool_share_contiguous = held_in_buffers / max(1, pool)

@@ -50,11 +50,13 @@ class Device:
         return flat.view(host.dtype).reshape(host.shape)
 
     def skip_unless_it_has(self, dtype: np.dtype[Any]) -> None:
-        """Skip where CuPy's arrays cannot be of ``dtype``, not even as views."""
+        """Skip where CuPy's arrays cannot be of ``dtype``, not even as views. NumPy's always can."""
+        if self.name != "cupy":
+            return
         try:
             self.xp.zeros(dtype.itemsize, np.uint8).view(dtype)
         except (TypeError, ValueError) as error:
-            pytest.skip(f"no arrays of {dtype} here: {error}")
+            pytest.skip(f"CuPy has no arrays of {dtype}: {error}")
 
     def numpy(self, array: Any) -> np.ndarray:
         """A host copy of an array that must be where this device's arrays are."""
@@ -67,9 +69,16 @@ class Device:
         return self.xp.asnumpy(flat).view(array.dtype).reshape(array.shape)
 
 
-def _gpu_reason() -> str | None:
+@pytest.fixture
+def gpu() -> None:
+    """For tests that are of a GPU alone."""
+    skip_without_gpu()
+
+
+def skip_without_gpu() -> None:
     count, reason = backend._usable_gpus()
-    return None if count else reason
+    if not count:
+        pytest.skip(f"no GPU: {reason}")
 
 
 @pytest.fixture(params=["numpy", "emulated", "cupy"])
@@ -91,8 +100,7 @@ def _device(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
         for operation in ("reshape_and_cache", "gather_cache"):
             monkeypatch.setattr(NumpyBackend, operation, None)
     if name == "cupy":
-        if (reason := _gpu_reason()) is not None:
-            pytest.skip(f"no GPU: {reason}")
+        skip_without_gpu()
         import cupy
 
         yield Device(name, cupy)

@@ -129,13 +129,6 @@ def test_a_driver_that_is_not_there_is_no_gpu():
 # With a GPU.
 
 
-@pytest.fixture
-def gpu() -> None:
-    count, reason = backend._usable_gpus()
-    if not count:
-        pytest.skip(f"no GPU: {reason}")
-
-
 def tokens(n: int, value: float) -> Any:
     return cupy.full((n, 2, 64), value, np.float16)
 
