@@ -54,27 +54,34 @@ def _host() -> Backend:
     return _emulated() if EMULATE else _numpy
 
 
-def backend_of(**arrays: Any) -> Backend:
-    """The backend that works where all of ``arrays`` are.
+def backend_of(names: tuple[str, ...], *arrays: Any) -> Backend:
+    """The backend that works where all of ``arrays`` are; ``names`` are what an error calls them.
 
     Raises ``TypeError`` for something that is no NumPy or CuPy array or a mixture of both, ``ValueError`` for arrays
     on two GPUs.
     """
-    if all(isinstance(array, np.ndarray) for array in arrays.values()):
+    for array in arrays:
+        if not isinstance(array, np.ndarray):
+            break
+    else:
         return _host()
     cupy = sys.modules.get("cupy")  # a CuPy array cannot exist where nobody imported CuPy
     cupy_array = cupy.ndarray if cupy is not None else ()
-    for name, array in arrays.items():
+    for name, array in zip(names, arrays, strict=True):
         if not isinstance(array, (np.ndarray, cupy_array)):
             raise TypeError(f"{name} must be a NumPy or CuPy array, got {type(array).__name__}")
-    if any(isinstance(array, np.ndarray) for array in arrays.values()):
-        kinds = ", ".join(f"{name} is {type(array).__module__}.ndarray" for name, array in arrays.items())
-        raise TypeError(f"NumPy and CuPy arrays cannot be mixed in one call: {kinds}; move them to one device")
-    first, *others = arrays.values()
-    if any(array.device != first.device for array in others):
-        devices = ", ".join(f"{name} on {array.device}" for name, array in arrays.items())
-        raise ValueError(f"all arrays of a call must be on one GPU, got {devices}")
-    return _cuda()
+    for array in arrays:
+        if isinstance(array, np.ndarray):
+            kinds = (f"{name} is {type(a).__module__}.ndarray" for name, a in zip(names, arrays, strict=True))
+            raise TypeError(
+                f"NumPy and CuPy arrays cannot be mixed in one call: {', '.join(kinds)}; move them to one device"
+            )
+    backend = _cuda()
+    for array in arrays[1:]:
+        if not backend.same_device(array, arrays[0]):
+            places = (f"{name} on {a.device}" for name, a in zip(names, arrays, strict=True))
+            raise ValueError(f"all arrays of a call must be on one GPU, got {', '.join(places)}")
+    return backend
 
 
 def backend_on(device: str | None) -> tuple[Backend, Any]:

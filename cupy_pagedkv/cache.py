@@ -9,7 +9,8 @@ import numpy.typing as npt
 from .backend import backend_of, backend_on
 from .blocks import BlockAllocator, BlockTable, at_least, block_ids
 from .dtypes import as_dtype
-from .ops import Array, IndexArray, check_pools, gather_cache, reshape_and_cache
+from .layout import check_pools
+from .ops import Array, IndexArray, gather_cache, reshape_and_cache
 
 __all__ = ["LayeredPagedKVCache", "PagedKVCache"]
 
@@ -69,8 +70,10 @@ class PagedKVCache:
         >>> PagedKVCache.from_pools(*hnd.transpose(0, 1, 3, 2, 4)).block_size
         8
         """
-        backend_of(k_cache=k_cache, v_cache=v_cache)
-        check_pools(k_cache, v_cache)
+        backend_of(("k_cache", "v_cache"), k_cache, v_cache)
+        check_pools(k_cache.shape, k_cache.strides, k_cache.dtype, v_cache.shape, v_cache.strides, v_cache.dtype)
+        if k_cache.ndim != 4:
+            raise ValueError(f"pools of one layer have 4 axes, got k_cache of {k_cache.ndim}; take one layer of them")
         cache = cls.__new__(cls)
         cache._k_cache, cache._v_cache = k_cache, v_cache
         return cache
@@ -118,7 +121,7 @@ class PagedKVCache:
     @property
     def device(self) -> str:
         """Where the pools are: ``"cpu"``, ``"cuda:0"``, …"""
-        return backend_of(k_cache=self._k_cache).device_name(self._k_cache)
+        return backend_of(("k_cache",), self._k_cache).device_name(self._k_cache)
 
     def __repr__(self) -> str:
         return (
@@ -182,6 +185,7 @@ class LayeredPagedKVCache:
         )
         backend, place = backend_on(device)
         pools = backend.zeros(shape, as_dtype(dtype), place)
+        self._k_caches, self._v_caches = pools[:, 0], pools[:, 1]
         self._layers = [PagedKVCache.from_pools(layer[0], layer[1]) for layer in pools]
         self._block_table = BlockTable(block_size)
 
@@ -197,6 +201,39 @@ class LayeredPagedKVCache:
 
     def __iter__(self) -> Iterator[PagedKVCache]:
         return iter(self._layers)
+
+    def update_all(self, keys: Array, values: Array, slot_mapping: IndexArray) -> None:
+        """Write the K and V of new tokens in every layer, in one launch.
+
+        keys, values
+            ``[num_layers, num_tokens, num_kv_heads, head_dim]``.
+
+        Otherwise as :func:`~cupy_pagedkv.reshape_and_cache`.
+        """
+        reshape_and_cache(keys, values, self._k_caches, self._v_caches, slot_mapping)
+
+    def gather_all(
+        self,
+        block_tables: IndexArray,
+        seq_lens: IndexArray,
+        *,
+        seq_starts: IndexArray | None = None,
+        out: tuple[Array, Array] | None = None,
+    ) -> tuple[Array, Array]:
+        """Copy sequences out of every layer, packed, in one launch: ``(keys, values)``, each
+        ``[num_layers, sum(seq_lens − seq_starts), num_kv_heads, head_dim]``.
+
+        Otherwise as :func:`~cupy_pagedkv.gather_cache`; ``out`` has the axis of layers, too.
+
+        >>> import numpy as np
+        >>> cache = LayeredPagedKVCache(3, 4, 8, num_kv_heads=1, head_dim=2, dtype="float32", device="cpu")
+        >>> keys = np.arange(3 * 5 * 2, dtype=np.float32).reshape(3, 5, 1, 2)
+        >>> cache.update_all(keys, -keys, slot_mapping=[16, 17, 18, 19, 20])
+        >>> gathered, _ = cache.gather_all(block_tables=[[2]], seq_lens=[5])
+        >>> bool((gathered == keys).all())
+        True
+        """
+        return gather_cache(self._k_caches, self._v_caches, block_tables, seq_lens, seq_starts=seq_starts, out=out)
 
     @property
     def num_layers(self) -> int:

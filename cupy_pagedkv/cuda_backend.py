@@ -7,12 +7,14 @@ to call is an argument. Nothing here checks its arguments (``ops`` has), and not
 
 import functools
 import math
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from .layout import Form, Layout
 
 __all__ = ["CudaBackend", "source_of"]
 
@@ -21,6 +23,9 @@ _INDEX_TYPES = {4: "int", 8: "long long"}
 _UNROLL = 8  # accesses of one thread, all loaded before the first is stored
 _MAX_BLOCK_BYTES = 2**30  # offsets inside a block are 32-bit in the kernels
 _MAX_WARPS = 4  # of a thread block: the kernels' __launch_bounds__
+
+_INDICES = {"reshape_and_cache": ("SLOT_T",), "gather_cache": ("TABLE_T", "LENS_T", "STARTS_T")}
+_NOTHING: AbstractContextManager[None] = nullcontext()
 
 _Defines = tuple[tuple[str, str | int], ...]
 
@@ -34,30 +39,36 @@ def source_of(name: str, defines: _Defines) -> str:
     return "\n".join([*lines, f'#line 1 "kernels/{name}.cu"', (folder / f"{name}.cu").read_text()])
 
 
-def _runs(tokens: Any, pool: Any) -> tuple[int, int, int]:
-    """A token's row as (heads, runs of a head, bytes of a run), each run contiguous in ``tokens`` and in ``pool``.
-
-    >>> _runs(np.zeros((5, 8, 64), np.float16), np.zeros((9, 16, 8, 64), np.float16))
-    (1, 1, 1024)
-    """
-    heads, dim = tokens.shape[1:]
-    if dim > 1 and tokens.strides[2] != tokens.itemsize:
-        return heads, dim, tokens.itemsize
-    row = dim * tokens.itemsize
-    if heads == 1 or tokens.strides[1] == pool.strides[2] == row:
+def _runs(tokens: Form, pool: Form) -> tuple[int, int, int]:
+    """A token's row as (heads, runs of a head, bytes of a run), each run contiguous in ``tokens`` and in ``pool``."""
+    heads, dim = tokens.shape[2:]
+    item = tokens.dtype.itemsize
+    if dim > 1 and tokens.strides[3] != item:
+        return heads, dim, item
+    row = dim * item
+    if heads == 1 or tokens.strides[2] == pool.strides[3] == row:
         return 1, 1, heads * row
     return heads, 1, row
 
 
-def _alignment(tokens: Any, pool: Any, runs: tuple[int, int, int], *addresses: int) -> int:
-    """The widest power of two up to 16 that divides every address a kernel forms in ``tokens`` and ``pool``.
+def _alignment(tokens: Form, pool: Form, runs: tuple[int, int, int]) -> int:
+    """The widest power of two up to 16 that divides all that a kernel adds to the addresses of both.
 
     Strides of axes of length 1 are not looked at: they can be anything.
     """
     heads, runs_of_head, run = runs
-    lengths = (*tokens.shape[:1], heads, runs_of_head, *pool.shape[:2], heads)
-    strides = (*tokens.strides, *pool.strides[:3])
-    return math.gcd(16, run, *addresses, *(s for s, n in zip(strides, lengths, strict=True) if n > 1))
+    lengths = (*tokens.shape[:2], heads, runs_of_head, *pool.shape[:3], heads)
+    strides = (*tokens.strides, *pool.strides[:4])
+    return math.gcd(16, run, *(s for s, n in zip(strides, lengths, strict=True) if n > 1))
+
+
+class _Plan(NamedTuple):
+    """All of a launch but the sizes and addresses of its arrays."""
+
+    kernel: Any
+    strides: tuple[int, ...]
+    row: int
+    """Accesses in the longer row, of K or of V."""
 
 
 class CudaBackend:
@@ -74,19 +85,24 @@ class CudaBackend:
         self.xp = xp
         self.ndarray: type = xp.ndarray
         self._kernel = functools.cache(self._build_kernel)
-        self._processors_of: dict[int, int] = {}
+        self._plan = functools.lru_cache(4096)(self._make_plan)
+        self._processors = functools.cache(self._count_processors)
 
     def _build_kernel(self, name: str, defines: _Defines) -> Any:
         return self.xp.RawKernel(source_of(name, defines), name, ("-std=c++17",))
 
-    def _processors(self, array: Any) -> int:
-        number: int = array.device.id
-        if number not in self._processors_of:
-            self._processors_of[number] = array.device.attributes["MultiProcessorCount"]
-        return self._processors_of[number]
+    def _count_processors(self, device: Any) -> int:
+        return self.xp.cuda.Device(device).attributes["MultiProcessorCount"]  # type: ignore[no-any-return]
 
     def _address(self, array: Any) -> int:
         return int(array.data.ptr)
+
+    def _device(self, array: Any) -> Any:
+        """What identifies the array's device, and can be hashed."""
+        return array.data.device_id
+
+    def same_device(self, a: Any, b: Any) -> bool:
+        return bool(self._device(a) == self._device(b))
 
     def device_name(self, array: Any) -> str:
         return f"cuda:{array.device.id}"
@@ -101,6 +117,8 @@ class CudaBackend:
 
     def on(self, device: Any) -> AbstractContextManager[Any]:
         """Within it, CuPy's current device is ``device``."""
+        if device.id == self.xp.cuda.runtime.getDevice():
+            return _NOTHING  # a switch and its return take longer than a launch's arguments
         return device  # type: ignore[no-any-return]
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: Any) -> Any:
@@ -120,40 +138,55 @@ class CudaBackend:
             # CuPy stages pageable memory, but reads pinned memory whenever the stream gets there: hence a copy of ours.
             return self.xp.asarray(array.copy())
 
-    def reshape_and_cache(self, key: Any, value: Any, k_cache: Any, v_cache: Any, slot_mapping: Any) -> None:
-        defines, row = self._specialise(key, value, k_cache, v_cache)
-        defines += (("SLOT_T", _INDEX_TYPES[slot_mapping.itemsize]),)
-        num_tokens, num_slots = len(key), k_cache.shape[0] * k_cache.shape[1]
-        arguments = (slot_mapping, *slot_mapping.strides, num_tokens, num_slots)
-        self._launch("reshape_and_cache", defines, num_tokens, row, (key, value, k_cache, v_cache), arguments)
+    def reshape_and_cache(
+        self, key: Any, value: Any, k_cache: Any, v_cache: Any, slot_mapping: Any, layout: Layout
+    ) -> None:
+        arrays = (key, value, k_cache, v_cache)
+        plan = self._plan("reshape_and_cache", layout, self._misalignment(arrays), slot_mapping.itemsize)
+        num_tokens, num_slots = layout.num_tokens, layout.num_blocks * layout.block_size
+        arguments = (*arrays, slot_mapping, *plan.strides, *slot_mapping.strides, num_tokens, num_slots)
+        self._launch(plan.kernel, key, num_tokens, plan.row, layout.num_layers, arguments)
 
     def gather_cache(
-        self, key: Any, value: Any, k_cache: Any, v_cache: Any, block_tables: Any, seq_lens: Any, seq_starts: Any
+        self,
+        key: Any,
+        value: Any,
+        k_cache: Any,
+        v_cache: Any,
+        block_tables: Any,
+        seq_lens: Any,
+        seq_starts: Any,
+        num_rows: int,
+        layout: Layout,
     ) -> None:
-        """Fill ``key`` and ``value`` with as many rows as the lengths say, and no more than they have."""
-        num_blocks, block_size = k_cache.shape[:2]
-        num_rows, num_seqs = len(key), len(seq_lens)
-        defines, row = self._specialise(key, value, k_cache, v_cache)
+        """Fill ``key`` and ``value`` with as many rows as the lengths say, and ``num_rows`` at most."""
+        arrays = (key, value, k_cache, v_cache)
+        plan = self._plan(
+            "gather_cache",
+            layout,
+            self._misalignment(arrays),
+            block_tables.itemsize,
+            seq_lens.itemsize,
+            seq_lens.itemsize if seq_starts is None else seq_starts.itemsize,
+        )
+        num_seqs, max_blocks = block_tables.shape
         starts = (0, 0) if seq_starts is None else (seq_starts, *seq_starts.strides)
-        defines += (
-            ("TABLE_T", _INDEX_TYPES[block_tables.itemsize]),
-            ("LENS_T", _INDEX_TYPES[seq_lens.itemsize]),
-            ("STARTS_T", _INDEX_TYPES[seq_lens.itemsize if seq_starts is None else seq_starts.itemsize]),
-        )
         # A sequence of n rows touches at most n // block_size + 2 blocks, and never more than n.
-        segments = min(num_rows, num_rows // block_size + 2 * num_seqs)
-        arguments = (block_tables, *block_tables.strides, block_tables.shape[1], seq_lens, *seq_lens.strides, *starts)
-        arguments += (num_seqs, num_rows, num_blocks)
-        self._launch("gather_cache", defines, segments, block_size * row, (key, value, k_cache, v_cache), arguments)
+        segments = min(num_rows, num_rows // layout.block_size + 2 * num_seqs)
+        indices = (block_tables, *block_tables.strides, max_blocks, seq_lens, *seq_lens.strides, *starts, num_seqs)
+        arguments = (*arrays, *plan.strides, *indices, num_rows, layout.num_blocks)
+        self._launch(plan.kernel, key, segments, layout.block_size * plan.row, layout.num_layers, arguments)
 
-    def _specialise(self, key: Any, value: Any, k_cache: Any, v_cache: Any) -> tuple[_Defines, int]:
-        """The defines that both kernels share, and the number of accesses in the longer row."""
+    def _misalignment(self, arrays: tuple[Any, ...]) -> int:
+        """The last four bits of all addresses together: a power of two divides them all if it divides this."""
+        key, value, k_cache, v_cache = map(self._address, arrays)
+        return (key | value | k_cache | v_cache) % 16
+
+    def _make_plan(self, name: str, layout: Layout, misalignment: int, *index_sizes: int) -> _Plan:
+        key, value, k_cache, v_cache = layout.key, layout.value, layout.k_cache, layout.v_cache
         k_runs, v_runs = _runs(key, k_cache), _runs(value, v_cache)
-        access = math.gcd(
-            _alignment(key, k_cache, k_runs, self._address(key), self._address(k_cache)),
-            _alignment(value, v_cache, v_runs, self._address(value), self._address(v_cache)),
-        )
-        block_size = k_cache.shape[1]
+        access = math.gcd(_alignment(key, k_cache, k_runs), _alignment(value, v_cache, v_runs), misalignment)
+        block_size = layout.block_size
         row = max(math.prod(k_runs), math.prod(v_runs)) // access
         if block_size * row * access > _MAX_BLOCK_BYTES:
             raise ValueError(
@@ -163,26 +196,20 @@ class CudaBackend:
         defines: _Defines = (("ACCESS_T", _ACCESS_TYPES[access]), ("UNROLL", _UNROLL), ("BLOCK_SIZE", block_size))
         for letter, (heads, runs_of_head, run) in (("K", k_runs), ("V", v_runs)):
             defines += ((f"{letter}_HEADS", heads), (f"{letter}_RUNS", runs_of_head), (f"{letter}_RUN", run // access))
-        return defines, row
+        defines += tuple(zip(_INDICES[name], map(_INDEX_TYPES.__getitem__, index_sizes), strict=True))
+        strides = (*key.strides, *value.strides, *k_cache.strides[:4], *v_cache.strides[:4])
+        return _Plan(self._kernel(name, defines), strides, row)
 
     def _launch(
-        self,
-        name: str,
-        defines: _Defines,
-        units: int,
-        accesses: int,
-        arrays: tuple[Any, ...],
-        arguments: tuple[Any, ...],
+        self, kernel: Any, key: Any, units: int, accesses: int, num_layers: int, arguments: tuple[Any, ...]
     ) -> None:
-        """Launch one warp for each 32 * _UNROLL of the ``accesses`` of each unit, for K and for V.
+        """Launch one warp for each 32 * _UNROLL of the ``accesses`` of each unit, for K and for V, of each layer.
 
         ``units`` is at least 1: CuPy would launch an empty grid as one block. Arrays are passed as their address,
-        which forgets strides, and so the strides follow each as arguments of their own; every ``int`` is an int64.
+        which forgets strides, and so strides are arguments of their own; every ``int`` is an int64.
         """
-        key, value, k_cache, v_cache = arrays
         warps = units * -(-accesses // (32 * _UNROLL))
         # Few warps are spread over the device, many share blocks.
-        warps_of_block = min(max(1, warps // self._processors(key)), _MAX_WARPS)
-        pairs = (key, *key.strides, value, *value.strides, k_cache, *k_cache.strides[:3], v_cache, *v_cache.strides[:3])
+        warps_of_block = min(max(1, warps * num_layers // self._processors(self._device(key))), _MAX_WARPS)
         with self.on(key.device):
-            self._kernel(name, defines)((-(-warps // warps_of_block), 2), (32 * warps_of_block,), (*pairs, *arguments))
+            kernel((-(-warps // warps_of_block), 2, num_layers), (32 * warps_of_block,), arguments)

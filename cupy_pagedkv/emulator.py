@@ -166,8 +166,11 @@ class EmulatedBackend(HostArrays, CudaBackend):
     def _build_kernel(self, name: str, defines: tuple[tuple[str, str | int], ...]) -> RawKernel:
         return RawKernel(source_of(name, defines), name)
 
-    def _processors(self, array: np.ndarray) -> int:
+    def _count_processors(self, device: str) -> int:
         return 4  # so that small launches use thread blocks of each size
+
+    def _device(self, array: np.ndarray) -> str:
+        return "cpu"
 
     def _address(self, array: np.ndarray) -> int:
         return array.ctypes.data

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from . import backend as devices
 from .backend import Backend, backend_of
-from .dtypes import as_dtype
+from .layout import Layout, check_pools, layout_of
 
 __all__ = ["gather_cache", "reshape_and_cache"]
 
@@ -28,7 +28,12 @@ Array: TypeAlias = Any
 IndexArray: TypeAlias = Any
 """A list, a NumPy array, or an array where the pools are; int32 or int64."""
 
-_INDEX_DTYPES = (np.dtype(np.int32), np.dtype(np.int64))
+_INDEX_DTYPES = frozenset((np.dtype(np.int32), np.dtype(np.int64)))
+_FEW = 64  # numbers that Python looks through faster than NumPy
+
+_POOLS = ("k_cache", "v_cache")
+_SCATTERED = ("key", "value", *_POOLS)
+_GATHERED = ("out[0]", "out[1]", *_POOLS)
 
 
 def reshape_and_cache(key: Array, value: Array, k_cache: Array, v_cache: Array, slot_mapping: IndexArray) -> None:
@@ -39,7 +44,7 @@ def reshape_and_cache(key: Array, value: Array, k_cache: Array, v_cache: Array, 
     k_cache, v_cache
         The pools, ``[num_blocks, block_size, num_kv_heads, head_dim]``, of the dtype of ``key`` and ``value``. Any
         strides with a contiguous last axis: an HND pool is ``pool.transpose(0, 2, 1, 3)``. They must not overlap
-        ``key`` or ``value``.
+        ``key`` or ``value``. All four may have one more axis before the others, of layers.
     slot_mapping
         ``[num_tokens]``: token ``i`` goes to block ``slot // block_size``, offset ``slot % block_size``. A negative
         slot is padding, and nothing is written. Which of two tokens for one slot wins is undefined.
@@ -51,23 +56,19 @@ def reshape_and_cache(key: Array, value: Array, k_cache: Array, v_cache: Array, 
     Raises ``TypeError`` for arguments that are no arrays, for NumPy mixed with CuPy and for dtypes that do not agree;
     ``ValueError`` for shapes that do not agree, for two GPUs, and for pools that cannot be written.
     """
-    backend = backend_of(key=key, value=value, k_cache=k_cache, v_cache=v_cache)
-    check_pools(k_cache, v_cache)
+    backend = backend_of(_SCATTERED, key, value, k_cache, v_cache)
+    layout = _layout(("key", "value"), key, value, k_cache, v_cache)
     _check_writeable("k_cache", k_cache)
     _check_writeable("v_cache", v_cache)
-    _check_tokens("key", key, "k_cache", k_cache)
-    _check_tokens("value", value, "v_cache", v_cache)
     slots = _indices("slot_mapping", slot_mapping, 1, backend, k_cache)
-    if not len(key) == len(value) == len(slots):
-        raise ValueError(
-            "key, value and slot_mapping must have one entry for each token, "
-            f"got {len(key)}, {len(value)} and {len(slots)}"
-        )
-    if not len(key):
+    num_tokens = layout.num_tokens
+    if slots.shape[0] != num_tokens:
+        raise ValueError(f"slot_mapping must have one entry for each of {num_tokens} tokens, got {len(slots)}")
+    if num_tokens == 0:
         return
     if backend.checks_indices or devices.DEBUG:
-        _check_slots(_asnumpy(slots, backend), k_cache.shape[0] * k_cache.shape[1])
-    backend.reshape_and_cache(key, value, k_cache, v_cache, _on_device(slots, backend, k_cache))
+        _check_slots(_asnumpy(slots, backend), layout.num_blocks * layout.block_size)
+    backend.reshape_and_cache(key, value, k_cache, v_cache, _on_device(slots, backend, k_cache), layout)
 
 
 def gather_cache(
@@ -91,7 +92,8 @@ def gather_cache(
         they may be arrays where the pools are.
     out
         ``(key, value)``, of at least as many rows as are copied and of any strides; further rows stay as they are.
-        It is returned. Without it both arrays are new: ``[sum(seq_lens − seq_starts), num_kv_heads, head_dim]``.
+        It is returned. Without it both arrays are new: ``[sum(seq_lens − seq_starts), num_kv_heads, head_dim]``. Where
+        the pools have an axis of layers before the others, so have these.
 
     On a GPU the work is queued on CuPy's current stream; with ``out`` and all indices on the device, nothing is
     allocated or transferred, and a CUDA graph can capture the call. Rows whose block is not in the pool come out as
@@ -101,27 +103,25 @@ def gather_cache(
     Raises ``TypeError`` and ``ValueError`` as :func:`reshape_and_cache` does, and ``ValueError`` for host lengths that
     are negative, below their start, beyond the table, or more than ``out`` holds.
     """
-    names = {"k_cache": k_cache, "v_cache": v_cache}
-    if out is not None:
+    if out is None:
+        backend = backend_of(_POOLS, k_cache, v_cache)
+        check_pools(k_cache.shape, k_cache.strides, k_cache.dtype, v_cache.shape, v_cache.strides, v_cache.dtype)
+    else:
         if not (isinstance(out, tuple) and len(out) == 2):
             raise TypeError(f"out must be a tuple (key, value), got {type(out).__name__} {out!r:.40}")
-        names |= {"out[0]": out[0], "out[1]": out[1]}
-    backend = backend_of(**names)
-    check_pools(k_cache, v_cache)
+        backend = backend_of(_GATHERED, *out, k_cache, v_cache)
+        layout = _layout(("out[0]", "out[1]"), *out, k_cache, v_cache)
+        _check_writeable("out[0]", out[0])
+        _check_writeable("out[1]", out[1])
     tables = _indices("block_tables", block_tables, 2, backend, k_cache)
     lens = _indices("seq_lens", seq_lens, 1, backend, k_cache)
     starts = None if seq_starts is None else _indices("seq_starts", seq_starts, 1, backend, k_cache)
-    for name, array in (("block_tables", tables), ("seq_starts", starts)):
-        if array is not None and len(array) != len(lens):
-            raise ValueError(f"{name} must have one entry for each of {len(lens)} seq_lens, got {len(array)}")
-    if out is not None:
-        for name, array, pool in (("out[0]", out[0], k_cache), ("out[1]", out[1], v_cache)):
-            _check_tokens(name, array, "the pool", pool)
-            _check_writeable(name, array)
-        if len(out[0]) != len(out[1]):
-            raise ValueError(f"out must have as many rows for key as for value, got {len(out[0])} and {len(out[1])}")
+    num_seqs = lens.shape[0]
+    if tables.shape[0] != num_seqs or (starts is not None and starts.shape[0] != num_seqs):
+        name, got = ("block_tables", tables) if starts is None or len(tables) != num_seqs else ("seq_starts", starts)
+        raise ValueError(f"{name} must have one entry for each of {num_seqs} seq_lens, got {len(got)}")
 
-    num_rows = 0 if out is None else len(out[0])
+    num_rows = 0 if out is None else layout.num_tokens
     on_host = isinstance(lens, np.ndarray) and (starts is None or isinstance(starts, np.ndarray))
     if not on_host and out is None:
         raise TypeError(
@@ -129,32 +129,42 @@ def gather_cache(
             "to keep them on the GPU, give out=(key, value)"
         )
     if on_host or devices.DEBUG:
+        num_blocks, block_size = k_cache.shape[-4:-2]
         host_lens = _asnumpy(lens, backend)
-        host_starts = np.zeros_like(host_lens) if starts is None else _asnumpy(starts, backend)
-        total = _check_lengths(host_lens, host_starts, tables.shape[1] * k_cache.shape[1])
+        host_starts = None if starts is None else _asnumpy(starts, backend)
+        total = _check_lengths(host_lens, host_starts, tables.shape[1] * block_size)
         if out is not None and total > num_rows:
             raise ValueError(f"out has {num_rows} rows, but the sequences have {total} tokens to copy")
         if backend.checks_indices or devices.DEBUG:
-            _check_blocks(_asnumpy(tables, backend), host_lens, host_starts, *k_cache.shape[:2])
+            _check_blocks(_asnumpy(tables, backend), host_lens, host_starts, num_blocks, block_size)
         num_rows = total
 
     if out is None:
         key, value = (
-            backend.empty((num_rows, *pool.shape[2:]), pool.dtype, pool.device) for pool in (k_cache, v_cache)
+            backend.empty((*pool.shape[:-4], num_rows, *pool.shape[-2:]), pool.dtype, pool.device)
+            for pool in (k_cache, v_cache)
         )
         out = key, value
-    if num_rows and len(lens):
+        layout = _layout(("out[0]", "out[1]"), *out, k_cache, v_cache)
+    if num_rows and num_seqs:
         tables, lens = _on_device(tables, backend, k_cache), _on_device(lens, backend, k_cache)
         starts = None if starts is None else _on_device(starts, backend, k_cache)
-        backend.gather_cache(out[0][:num_rows], out[1][:num_rows], k_cache, v_cache, tables, lens, starts)
+        backend.gather_cache(*out, k_cache, v_cache, tables, lens, starts, num_rows, layout)
     return out
+
+
+def _layout(names: tuple[str, str], key: Array, value: Array, k_cache: Array, v_cache: Array) -> Layout:
+    return layout_of(
+        names, key.shape, key.strides, key.dtype, value.shape, value.strides, value.dtype,
+        k_cache.shape, k_cache.strides, k_cache.dtype, v_cache.shape, v_cache.strides, v_cache.dtype,
+    )  # fmt: skip
 
 
 def _indices(name: str, values: IndexArray, ndim: int, backend: Backend, pool: Array) -> Array:
     """``values`` as an array of int32 or int64: as it is where the pools are, else a NumPy array."""
     if isinstance(values, backend.ndarray):
         array: Any = values
-        if array.device != pool.device:
+        if not backend.same_device(array, pool):
             raise ValueError(f"{name} must be where the pools are, on {pool.device}, got one on {array.device}")
     else:
         try:
@@ -180,42 +190,22 @@ def _on_device(array: Array, backend: Backend, pool: Array) -> Array:
     return backend.from_numpy(array, pool.device) if isinstance(array, np.ndarray) else array
 
 
-def check_pools(k_cache: Array, v_cache: Array) -> None:
-    for name, pool in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if pool.ndim != 4 or 0 in pool.shape:
-            raise ValueError(
-                f"{name} must be [num_blocks, block_size, num_kv_heads, head_dim], none of them 0, got {pool.shape}"
-            )
-        as_dtype(pool.dtype)
-        if pool.shape[3] > 1 and pool.strides[3] != pool.itemsize:
-            raise ValueError(
-                f"the last axis of {name} must be contiguous, got strides {pool.strides} for {pool.dtype}; "
-                "pass a view whose last axis is head_dim, such as pool.transpose(0, 2, 1, 3) of an HND pool"
-            )
-    if k_cache.shape[:3] != v_cache.shape[:3]:
-        raise ValueError(
-            "k_cache and v_cache must agree in num_blocks, block_size and num_kv_heads, "
-            f"got {k_cache.shape} and {v_cache.shape}"
-        )
-
-
-def _check_tokens(name: str, tokens: Array, pool_name: str, pool: Array) -> None:
-    if tokens.ndim != 3 or tokens.shape[1:] != pool.shape[2:]:
-        raise ValueError(
-            f"{name} must be [num_tokens, {pool.shape[2]}, {pool.shape[3]}], as {pool_name} is {pool.shape}, "
-            f"got {tokens.shape}"
-        )
-    if tokens.dtype != pool.dtype:
-        raise TypeError(f"{name} must have the dtype of {pool_name}, {pool.dtype}, got {tokens.dtype}")
-
-
 def _check_writeable(name: str, array: Array) -> None:
     if isinstance(array, np.ndarray) and not array.flags.writeable:
         raise ValueError(f"{name} must be writeable, got a read-only array")
 
 
+def _range(indices: npt.NDArray[Any]) -> tuple[int, int]:
+    """The least and the greatest; 0 and 0 of none."""
+    if indices.size > _FEW:
+        return int(indices.min()), int(indices.max())
+    numbers = indices.ravel().tolist()
+    return (min(numbers), max(numbers)) if numbers else (0, 0)
+
+
 def _check_slots(slots: npt.NDArray[Any], num_slots: int) -> None:
-    if (slots >= num_slots).any():
+    greatest = max(slots.tolist()) if len(slots) <= _FEW else np.maximum.reduce(slots)
+    if greatest >= num_slots:
         token = int(np.argmax(slots >= num_slots))
         raise IndexError(f"slot_mapping[{token}] is {slots[token]}, but the pool has slots 0 to {num_slots - 1}")
     if devices.DEBUG:
@@ -226,8 +216,13 @@ def _check_slots(slots: npt.NDArray[Any], num_slots: int) -> None:
             raise ValueError(f"slot {slot} comes more than once in slot_mapping, for tokens {tokens}")
 
 
-def _check_lengths(lens: npt.NDArray[Any], starts: npt.NDArray[Any], capacity: int) -> int:
+def _check_lengths(lens: npt.NDArray[Any], starts: npt.NDArray[Any] | None, capacity: int) -> int:
     """The number of tokens to copy, if every sequence fits its row of the table."""
+    if starts is None:
+        least, greatest = _range(lens)
+        if least >= 0 and greatest <= capacity:
+            return sum(lens.tolist())
+    starts = np.zeros_like(lens) if starts is None else starts
     wrong = (starts < 0) | (lens < starts) | (lens > capacity)
     if wrong.any():
         i = int(np.argmax(wrong))
@@ -239,8 +234,17 @@ def _check_lengths(lens: npt.NDArray[Any], starts: npt.NDArray[Any], capacity: i
 
 
 def _check_blocks(
-    tables: npt.NDArray[Any], lens: npt.NDArray[Any], starts: npt.NDArray[Any], num_blocks: int, block_size: int
+    tables: npt.NDArray[Any],
+    lens: npt.NDArray[Any],
+    starts: npt.NDArray[Any] | None,
+    num_blocks: int,
+    block_size: int,
 ) -> None:
+    least, greatest = _range(tables)
+    if least >= 0 and greatest < num_blocks:
+        return
+    # Some entry is no block of the pool, which is as it should be where no sequence needs it.
+    starts = np.zeros_like(lens) if starts is None else starts
     columns = np.arange(tables.shape[1])
     needed = (columns >= starts[:, None] // block_size) & (columns < -(-lens[:, None] // block_size))
     wrong = needed & (starts < lens)[:, None] & ((tables < 0) | (tables >= num_blocks))

@@ -169,7 +169,7 @@ class _Replay:
         self.row_shape = pool.shape[2:]
         self.row_bytes = int(np.prod(self.row_shape)) * pool.itemsize
         self.place = pool.device
-        self.backend = backend_of(pool=pool)
+        self.backend = backend_of(("pool",), pool)
         self.allocator = BlockAllocator(cache[0].num_blocks, cache.block_size)
         self.waiting = deque(sequences)
         self.running: list[_Sequence] = []  # the oldest first

@@ -6,9 +6,10 @@
 //            whose block is not in the pool is zeros: nothing outside the pool is ever read. seq_starts may be null:
 //            all sequences start at 0. A start or length outside the table counts as its nearest end.
 // Layout     All strides are in bytes; a row is HEADS x RUNS x RUN accesses, as in reshape_and_cache.cu.
-// Launch     Grid (x, 2): y = 0 copies K, y = 1 copies V. A segment is the part of one block that one sequence needs;
-//            blocks of whole warps, one warp for each slice of 32 * UNROLL accesses of a segment. The host need not
-//            know the lengths: warps past the last segment return, so x only has to be large enough.
+// Launch     Grid (x, 2, layers): y = 0 copies K, y = 1 copies V; the tables are the same for every layer. A segment
+//            is the part of one block that one sequence needs; blocks of whole warps, one warp for each slice of
+//            32 * UNROLL accesses of a segment. The host need not know the lengths: warps past the last segment
+//            return, so x only has to be large enough.
 // Defined by the launch code: TABLE_T, LENS_T, STARTS_T, ACCESS_T, UNROLL, BLOCK_SIZE, K_HEADS, K_RUNS, K_RUN,
 //            V_HEADS, V_RUNS, V_RUN.
 //
@@ -114,20 +115,24 @@ __device__ __forceinline__ void gather_segment(
 }
 
 extern "C" __global__ void __launch_bounds__(128, 8) gather_cache(
-    char* key, long long key_token, long long key_head, long long key_dim,
-    char* value, long long value_token, long long value_head, long long value_dim,
-    const char* k_cache, long long k_block, long long k_slot, long long k_head,
-    const char* v_cache, long long v_block, long long v_slot, long long v_head,
+    char* key, char* value, const char* k_cache, const char* v_cache,
+    long long key_layer, long long key_token, long long key_head, long long key_dim,
+    long long value_layer, long long value_token, long long value_head, long long value_dim,
+    long long k_layer, long long k_block, long long k_slot, long long k_head,
+    long long v_layer, long long v_block, long long v_slot, long long v_head,
     const char* block_tables, long long table_stride, long long entry_stride, long long max_blocks,
     const char* seq_lens, long long lens_stride, const char* seq_starts, long long starts_stride,
     long long num_seqs, long long num_rows, long long num_blocks)
 {
+    const long long layer = blockIdx.z;
     if (blockIdx.y == 0)
         gather_segment<K_HEADS, K_RUNS, K_RUN>(
-            key, key_token, key_head, key_dim, k_cache, k_block, k_slot, k_head, block_tables, table_stride,
-            entry_stride, max_blocks, seq_lens, lens_stride, seq_starts, starts_stride, num_seqs, num_rows, num_blocks);
+            key + layer * key_layer, key_token, key_head, key_dim, k_cache + layer * k_layer, k_block, k_slot, k_head,
+            block_tables, table_stride, entry_stride, max_blocks, seq_lens, lens_stride, seq_starts, starts_stride,
+            num_seqs, num_rows, num_blocks);
     else
         gather_segment<V_HEADS, V_RUNS, V_RUN>(
-            value, value_token, value_head, value_dim, v_cache, v_block, v_slot, v_head, block_tables, table_stride,
-            entry_stride, max_blocks, seq_lens, lens_stride, seq_starts, starts_stride, num_seqs, num_rows, num_blocks);
+            value + layer * value_layer, value_token, value_head, value_dim, v_cache + layer * v_layer, v_block, v_slot,
+            v_head, block_tables, table_stride, entry_stride, max_blocks, seq_lens, lens_stride, seq_starts,
+            starts_stride, num_seqs, num_rows, num_blocks);
 }

@@ -7,8 +7,9 @@
 //            a run is contiguous on both sides, runs of a head are key_dim apart in key and adjacent in the pool,
 //            heads are key_head and k_head apart. The host merges what it can, so that the common row is one run.
 //            The same for V. Every address that the strides reach is a multiple of sizeof(ACCESS_T).
-// Launch     Grid (x, 2): y = 0 copies K, y = 1 copies V. Blocks of whole warps, one warp for each slice of
-//            32 * UNROLL accesses of a row; x * warps a block >= num_tokens * slices of the longer row.
+// Launch     Grid (x, 2, layers): y = 0 copies K, y = 1 copies V; the slots are the same in every layer. Blocks of
+//            whole warps, one warp for each slice of 32 * UNROLL accesses of a row; x * warps a block >= num_tokens *
+//            slices of the longer row.
 // Defined by the launch code: SLOT_T, ACCESS_T, UNROLL, BLOCK_SIZE, K_HEADS, K_RUNS, K_RUN, V_HEADS, V_RUNS, V_RUN.
 //
 // A warp reads its slot once and has up to UNROLL loads in flight before its first store; the loads do not wait for
@@ -52,16 +53,20 @@ __device__ __forceinline__ void scatter_rows(
 }
 
 extern "C" __global__ void __launch_bounds__(128, 8) reshape_and_cache(
-    const char* key, long long key_token, long long key_head, long long key_dim,
-    const char* value, long long value_token, long long value_head, long long value_dim,
-    char* k_cache, long long k_block, long long k_slot, long long k_head,
-    char* v_cache, long long v_block, long long v_slot, long long v_head,
-    const char* slot_mapping, long long slot_mapping_stride, long long num_tokens, long long num_slots)
+    const char* key, const char* value, char* k_cache, char* v_cache, const char* slot_mapping,
+    long long key_layer, long long key_token, long long key_head, long long key_dim,
+    long long value_layer, long long value_token, long long value_head, long long value_dim,
+    long long k_layer, long long k_block, long long k_slot, long long k_head,
+    long long v_layer, long long v_block, long long v_slot, long long v_head,
+    long long slot_mapping_stride, long long num_tokens, long long num_slots)
 {
+    const long long layer = blockIdx.z;
     if (blockIdx.y == 0)
-        scatter_rows<K_HEADS, K_RUNS, K_RUN>(key, key_token, key_head, key_dim, k_cache, k_block, k_slot, k_head,
-                                             slot_mapping, slot_mapping_stride, num_tokens, num_slots);
+        scatter_rows<K_HEADS, K_RUNS, K_RUN>(
+            key + layer * key_layer, key_token, key_head, key_dim, k_cache + layer * k_layer, k_block, k_slot, k_head,
+            slot_mapping, slot_mapping_stride, num_tokens, num_slots);
     else
-        scatter_rows<V_HEADS, V_RUNS, V_RUN>(value, value_token, value_head, value_dim, v_cache, v_block, v_slot, v_head,
-                                             slot_mapping, slot_mapping_stride, num_tokens, num_slots);
+        scatter_rows<V_HEADS, V_RUNS, V_RUN>(
+            value + layer * value_layer, value_token, value_head, value_dim, v_cache + layer * v_layer, v_block, v_slot,
+            v_head, slot_mapping, slot_mapping_stride, num_tokens, num_slots);
 }

@@ -55,7 +55,9 @@ def test_from_pools_shares_them(device, rng, layout):
 
 def test_from_pools_checks_them(device):
     pool = device.xp.zeros((4, 8, 2, 6), np.float16)
-    with pytest.raises(ValueError, match="must agree in num_blocks"):
+    with pytest.raises(ValueError, match="pools of one layer have 4 axes, got k_cache of 5"):
+        PagedKVCache.from_pools(pool[None], pool[None])
+    with pytest.raises(ValueError, match="must agree in all axes but head_dim"):
         PagedKVCache.from_pools(pool, pool[1:])
     with pytest.raises(ValueError, match="last axis of k_cache must be contiguous"):
         PagedKVCache.from_pools(pool[..., ::2], pool)
@@ -88,7 +90,9 @@ def test_layers_share_one_allocation_and_overlap_nowhere(device):
         pool[...] = i + 1
     for i, pool in enumerate(pools):
         assert device.numpy(pool).tobytes() == np.full(pool.shape, i + 1, np.float16).tobytes()
-    address = backend.backend_of(pool=pools[0])._address if device.name != "numpy" else lambda pool: pool.ctypes.data
+    address = (
+        backend.backend_of(("pool",), pools[0])._address if device.name != "numpy" else lambda pool: pool.ctypes.data
+    )
     step = pools[0].nbytes
     assert [address(pool) - address(pools[0]) for pool in pools] == [step * i for i in range(6)]
 

@@ -48,7 +48,9 @@ class HostMemoryBackend(CudaBackend):
 
     def __init__(self) -> None:
         super().__init__(cupy)
-        self._processors_of[0] = 4
+
+    def _count_processors(self, device: int) -> int:
+        return 4
 
     def _build_kernel(self, name: str, defines: Any) -> Any:
         return AddressedKernel(source_of(name, defines), name)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_scatter import DTYPES, EVERY_DTYPE, HEAD_DIMS, LAYOUTS
 
-from cupy_pagedkv import gather_cache, reshape_and_cache
+from cupy_pagedkv import gather_cache, ops, reshape_and_cache
 from cupy_pagedkv.backend import backend_of
 from cupy_pagedkv.cuda_backend import CudaBackend
 
@@ -248,6 +248,13 @@ def test_debug_refuses_blocks_outside_the_pool_before_it_writes(debug, rng):
     assert (debug.numpy(memory) == 7).all()
 
 
+def launch(out: Any, k_cache: Any, v_cache: Any, tables: Any, lens: Any, starts: Any) -> None:
+    """Without the checks, which lengths on a GPU do not get, and on the emulated device are all in host memory."""
+    layout = ops._layout(("out[0]", "out[1]"), *out, k_cache, v_cache)
+    backend = backend_of(("k_cache",), k_cache)
+    backend.gather_cache(*out, k_cache, v_cache, tables, lens, starts, len(out[0]), layout)
+
+
 def test_kernel_stays_inside_the_pool_and_the_result_whatever_the_lengths_on_the_device_say(kernel_device, rng):
     """Lengths that only the device knows cannot be checked: the kernel has to bear any."""
     device = kernel_device
@@ -259,7 +266,7 @@ def test_kernel_stays_inside_the_pool_and_the_result_whatever_the_lengths_on_the
     def gather(lens, starts):
         memory[...] = 7
         lens, starts = device.array(np.array(lens)), device.array(np.array(starts))
-        backend_of(k_cache=k_cache).gather_cache(inner[0], inner[1], k_cache, v_cache, tables, lens, starts)
+        launch((inner[0], inner[1]), k_cache, v_cache, tables, lens, starts)
         result = device.numpy(memory)
         assert (result[:, :2] == 7).all()
         assert (result[:, 13:] == 7).all()
@@ -283,7 +290,7 @@ def test_lengths_on_the_device_that_no_sum_can_hold(kernel_device, rng):
     memory = device.array(np.full((2, 90, 1, 2), 7, np.float16))
     tables = device.array(np.full((70, 1), 5, np.int32))
     lens = device.array(np.full(70, 2**63 - 1))
-    backend_of(k_cache=k_cache).gather_cache(memory[0, 10:], memory[1, 10:], k_cache, v_cache, tables, lens, None)
+    launch((memory[0, 10:], memory[1, 10:]), k_cache, v_cache, tables, lens, None)
     key = device.numpy(memory)[0]
     assert (key[:10] == 7).all()
     assert key[10:80].tobytes() == host_k[5].tobytes() * 70

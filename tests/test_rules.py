@@ -61,16 +61,17 @@ def test_shapes_and_ranks(scene):
         for shape in [(3, 8), (3, 2, 4, 1), (3, 4, 2), (3, 2, 5), (3, 1, 4)]:
             refused(reshape_and_cache, scatter, ValueError, rf"{name} must be \[num_tokens, 2, 4\].*got ",
                     **{name: zeros(shape, f16)})  # fmt: skip
-        refused(reshape_and_cache, scatter, ValueError, "one entry for each token", **{name: zeros((2, 2, 4), f16)})
+        refused(reshape_and_cache, scatter, ValueError, "key and value must have as many tokens as each other, got",
+                **{name: zeros((2, 2, 4), f16)})  # fmt: skip
     for call, arguments in ((reshape_and_cache, scatter), (gather_cache, gather)):
         for name in ("k_cache", "v_cache"):
             refused(call, arguments, ValueError, f"{name} must be .num_blocks", **{name: zeros((4, 8, 8), f16)})
             refused(call, arguments, ValueError, f"{name} must be .num_blocks", **{name: zeros((0, 8, 2, 4), f16)})
-        refused(call, arguments, ValueError, "must agree in num_blocks", v_cache=zeros((4, 4, 2, 4), f16))
-        refused(call, arguments, ValueError, "must agree in num_blocks", v_cache=zeros((5, 8, 2, 4), f16))
+        refused(call, arguments, ValueError, "must agree in all axes but head_dim", v_cache=zeros((4, 4, 2, 4), f16))
+        refused(call, arguments, ValueError, "must agree in all axes but head_dim", v_cache=zeros((5, 8, 2, 4), f16))
     refused(reshape_and_cache, scatter, ValueError, r"one axis|1 axis", slot_mapping=[[1, 5, 9]])
-    refused(reshape_and_cache, scatter, ValueError, "one entry for each token, got 3, 3 and 2", slot_mapping=[1, 5])
-    refused(reshape_and_cache, scatter, ValueError, "one entry for each token, got 3, 3 and 0", slot_mapping=[])
+    refused(reshape_and_cache, scatter, ValueError, "one entry for each of 3 tokens, got 2", slot_mapping=[1, 5])
+    refused(reshape_and_cache, scatter, ValueError, "one entry for each of 3 tokens, got 0", slot_mapping=[])
     refused(gather_cache, gather, ValueError, "block_tables must have 2 axes", block_tables=[0, 1])
     refused(gather_cache, gather, ValueError, "rows of one length", block_tables=[[0, 1], [2]])
     refused(gather_cache, gather, ValueError, "block_tables must have one entry for each of 2", block_tables=[[0, 1]])
@@ -78,7 +79,13 @@ def test_shapes_and_ranks(scene):
     refused(gather_cache, gather, ValueError, "seq_lens must have 1 axis", seq_lens=[[9, 2]])
     out = gather["out"]
     refused(gather_cache, gather, ValueError, r"out\[1\] must be", out=(out[0], zeros((5, 2, 5), f16)))
-    refused(gather_cache, gather, ValueError, "as many rows for key as for value", out=(out[0], zeros((6, 2, 4), f16)))
+    refused(
+        gather_cache,
+        gather,
+        ValueError,
+        "as many tokens as each other, got 5 and 6",
+        out=(out[0], zeros((6, 2, 4), f16)),
+    )
     refused(gather_cache, gather, ValueError, "out has 4 rows, but the sequences have 5", out=(out[0][:4], out[1][:4]))
 
 
@@ -189,11 +196,16 @@ class FakeGpu:
         return f"<CUDA Device {self.id}>"
 
 
+class FakeMemory:
+    def __init__(self, device_id: int) -> None:
+        self.device_id = device_id
+
+
 @pytest.fixture
 def fake_cupy(monkeypatch):
     """CuPy's array type alone, which is all that telling arrays apart needs."""
     module: Any = type(sys)("cupy")
-    module.ndarray = type("ndarray", (), {"__module__": "cupy", "device": FakeGpu(0)})
+    module.ndarray = type("ndarray", (), {"__module__": "cupy", "device": FakeGpu(0), "data": FakeMemory(0)})
     monkeypatch.setitem(sys.modules, "cupy", module)
     return module
 
@@ -209,7 +221,7 @@ def test_mixtures_by_a_stand_in_for_cupy(fake_cupy):
 
 def test_two_gpus_are_not_mixed(fake_cupy):
     a, b = fake_cupy.ndarray(), fake_cupy.ndarray()
-    b.device = FakeGpu(1)
+    b.device, b.data = FakeGpu(1), FakeMemory(1)
     with pytest.raises(ValueError, match="must be on one GPU, got key on <CUDA Device 0>, value on <CUDA Device 1>"):
         reshape_and_cache(a, b, a, a, [0])
 
@@ -245,7 +257,7 @@ def test_the_number_of_a_gpu(device):
 def test_environment_is_read_at_import():
     program = (
         "import numpy as np, cupy_pagedkv.backend as b; "
-        "print(b.EMULATE, b.DEBUG, type(b.backend_of(x=np.zeros(1))).__name__, b.backend_on(None)[1])"
+        "print(b.EMULATE, b.DEBUG, type(b.backend_of(('x',), np.zeros(1))).__name__, b.backend_on(None)[1])"
     )
     for emulate, debug, expected in [
         ("1", "0", "True False EmulatedBackend cpu"),

@@ -1,0 +1,147 @@
+"""The NumPy backend's ways of copying much at once: whole blocks, and several threads."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cupy_pagedkv.backend as backend
+import cupy_pagedkv.numpy_backend as numpy_backend
+from cupy_pagedkv import gather_cache, reshape_and_cache
+
+PADDED = np.dtype({"names": ["a", "b"], "formats": ["u1", "u4"], "offsets": [0, 4], "itemsize": 8})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def everything_is_much():
+    """As if a few tokens were worth several threads; with helpers even on a machine of one core."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "EMULATE", False)
+        patch.setattr(numpy_backend, "_SHARED_BYTES", 300)
+        patch.setattr(numpy_backend, "_MANY_ITEMS", 3)
+        patch.setattr(os, "sched_getaffinity", lambda pid: range(4))
+        numpy_backend._helpers.cache_clear()
+        yield
+    numpy_backend._helpers.cache_clear()
+
+
+def scatter_and_compare(rng: Any, layout: str, block_size: int, dtype: Any, slots: Any, step: int = 1) -> None:
+    size, views = oracle.pools(layout, 12, block_size, 2, 6, dtype)
+    expected = oracle.random_bytes(rng, size)
+    buffer = expected.copy()
+    key, value = oracle.random_array(rng, (2, len(slots) * abs(step), 2, 6), dtype)[:, ::step]
+    reshape_and_cache(key, value, *views(buffer), slots)
+    for tokens, pool in zip((key, value), views(expected), strict=True):
+        oracle.scatter(tokens, pool, slots)
+    assert np.array_equal(buffer, expected)
+
+
+@settings(deadline=None, max_examples=300)
+@given(data=st.data())
+def test_any_mixture_of_whole_blocks_and_other_slots(data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    block_size = data.draw(st.sampled_from([1, 4]))
+    blocks = data.draw(st.permutations(range(12)))
+    slots: list[int] = []
+    for block in blocks[: data.draw(st.integers(0, 12))]:
+        first, last = sorted(data.draw(st.tuples(st.integers(0, block_size), st.integers(0, block_size))))
+        part = list(range(block_size)) if data.draw(st.booleans()) else list(range(first, last))
+        if data.draw(st.integers(0, 9)) == 0:
+            part = data.draw(st.permutations(part))
+        slots += [block * block_size + offset for offset in part]
+        slots += [-1] * data.draw(st.sampled_from([0, 0, 0, 2]))
+    layout = data.draw(st.sampled_from(["NHD", "HND", "interleaved", "packed"]))
+    dtype = data.draw(st.sampled_from([np.float16, ml_dtypes.bfloat16, PADDED]))
+    step = data.draw(st.sampled_from([1, 2, -1]))
+    scatter_and_compare(rng, layout, block_size, dtype, slots, step)
+
+
+def test_what_counts_as_a_whole_block():
+    def stretches(*slots: int) -> list[tuple[int, int, bool]]:
+        return list(numpy_backend._stretches(np.array(slots), 4))
+
+    assert stretches(8, 9, 10, 11, 0, 1, 2, 3) == [(0, 8, True)]
+    assert stretches(2, 3, 4, 5, 6, 7, 8, 9) == [(0, 2, False), (2, 6, True), (6, 8, False)]
+    assert stretches(8, 10, 9, 11) == [(0, 4, False)]  # the first and the last alone do not make a block
+    assert stretches(6, 7, 8, 9) == [(0, 4, False)]  # four in a row, of two blocks
+    assert stretches(5) == [(0, 1, False)]
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND", "interleaved", "packed"])
+@pytest.mark.parametrize("dtype", [np.float16, PADDED], ids=["float16", "padded"])
+def test_gathering_much(rng, layout, dtype):
+    size, views = oracle.pools(layout, 40, 4, 2, 6, dtype)
+    pools = views(oracle.random_bytes(rng, size))
+    tables, lens, starts = rng.permutation(40).reshape(4, 10), [40, 3, 17, 29], [0, 1, 4, 6]
+    memory = np.full((2, 85, 2, 6), 0, dtype)
+    memory.view(np.uint8)[...] = 7
+    for out in ((memory[0, 2:], memory[1, 2:]), None):
+        gathered = gather_cache(*pools, tables, lens, seq_starts=starts, out=out)
+        for array, pool in zip(gathered, pools, strict=True):
+            rows = oracle.gather(oracle.opaque(pool), tables, lens, starts)
+            assert oracle.opaque(array)[: len(rows)].tobytes() == rows.tobytes()
+    assert (oracle.opaque(memory)[:, [0, 1, -1, -2, -3, -4, -5]].view(np.uint8) == 7).all()
+
+
+def test_strided_outputs(rng):
+    size, views = oracle.pools("NHD", 10, 4, 2, 6, np.float16)
+    pools = views(oracle.random_bytes(rng, size))
+    tables = rng.permutation(10)[None]
+    memory = np.full((2, 33, 3, 2, 6), 7, np.float16)
+    gather_cache(*pools, tables, [33], out=(memory[0, :, 1], memory[1, ::-1, 1]))
+    for array, pool in zip((memory[0, :, 1], memory[1, ::-1, 1]), pools, strict=True):
+        assert array.tobytes() == oracle.gather(pool, tables, [33], [0]).tobytes()
+    assert (memory[:, :, [0, 2]] == 7).all()
+
+
+def test_helpers_take_part():
+    """With a job for each, all threads have to be at work at once for any to go on."""
+    meeting = threading.Barrier(4, timeout=20)
+    numpy_backend._run([meeting.wait] * 4)
+
+
+def test_an_error_is_raised_once_nothing_runs_any_more():
+    running = []
+
+    def fails() -> None:
+        raise MemoryError("no room")
+
+    def slow() -> None:
+        running.append(1)
+        time.sleep(0.05)
+        running.pop()
+
+    for jobs in ([slow, fails, slow, slow], [fails, slow, slow, slow]):
+        with pytest.raises(MemoryError, match="no room"):
+            numpy_backend._run(jobs)
+        assert not running
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_child_has_helpers_of_its_own():
+    """Threads do not survive a fork; a pool of them that the child believes in would never answer."""
+    program = """
+import os, numpy as np
+import cupy_pagedkv.numpy_backend as numpy_backend
+from cupy_pagedkv import reshape_and_cache
+os.sched_getaffinity = lambda pid: range(2)
+numpy_backend._SHARED_BYTES = 1
+pools, key = np.zeros((2, 8, 4, 1, 8), np.int8), np.ones((32, 1, 8), np.int8)
+reshape_and_cache(key, key, *pools, np.arange(32))
+child = os.fork()
+if child == 0:
+    pools[...] = 0
+    reshape_and_cache(key, key, *pools, np.arange(32))
+    os._exit(0 if pools.all() else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
