@@ -67,21 +67,23 @@ def backend_of(names: tuple[str, ...], *arrays: Any) -> Backend:
         return _host()
     cupy = sys.modules.get("cupy")  # a CuPy array cannot exist where nobody imported CuPy
     cupy_array = cupy.ndarray if cupy is not None else ()
-    for name, array in zip(names, arrays, strict=True):
-        if not isinstance(array, (np.ndarray, cupy_array)):
-            raise TypeError(f"{name} must be a NumPy or CuPy array, got {type(array).__name__}")
     for array in arrays:
-        if isinstance(array, np.ndarray):
-            kinds = (f"{name} is {type(a).__module__}.ndarray" for name, a in zip(names, arrays, strict=True))
-            raise TypeError(
-                f"NumPy and CuPy arrays cannot be mixed in one call: {', '.join(kinds)}; move them to one device"
-            )
-    backend = _cuda()
-    for array in arrays[1:]:
-        if not backend.same_device(array, arrays[0]):
+        if not isinstance(array, cupy_array):
+            raise _no_backend(names, arrays, cupy_array)
+    device = arrays[0].data.device_id
+    for array in arrays:
+        if array.data.device_id != device:
             places = (f"{name} on {a.device}" for name, a in zip(names, arrays, strict=True))
             raise ValueError(f"all arrays of a call must be on one GPU, got {', '.join(places)}")
-    return backend
+    return _cuda()
+
+
+def _no_backend(names: tuple[str, ...], arrays: tuple[Any, ...], cupy_array: Any) -> TypeError:
+    for name, array in zip(names, arrays, strict=True):
+        if not isinstance(array, (np.ndarray, cupy_array)):
+            return TypeError(f"{name} must be a NumPy or CuPy array, got {type(array).__name__}")
+    kinds = (f"{name} is {type(array).__module__}.ndarray" for name, array in zip(names, arrays, strict=True))
+    return TypeError(f"NumPy and CuPy arrays cannot be mixed in one call: {', '.join(kinds)}; move them to one device")
 
 
 def backend_on(device: str | None) -> tuple[Backend, Any]:

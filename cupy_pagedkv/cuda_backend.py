@@ -95,14 +95,14 @@ class CudaBackend:
         return self.xp.cuda.Device(device).attributes["MultiProcessorCount"]  # type: ignore[no-any-return]
 
     def _address(self, array: Any) -> int:
-        return int(array.data.ptr)
+        return array.data.ptr  # type: ignore[no-any-return]
 
     def _device(self, array: Any) -> Any:
         """What identifies the array's device, and can be hashed."""
         return array.data.device_id
 
     def same_device(self, a: Any, b: Any) -> bool:
-        return bool(self._device(a) == self._device(b))
+        return bool(a.data.device_id == b.data.device_id)
 
     def device_name(self, array: Any) -> str:
         return f"cuda:{array.device.id}"
@@ -179,8 +179,9 @@ class CudaBackend:
 
     def _misalignment(self, arrays: tuple[Any, ...]) -> int:
         """The last four bits of all addresses together: a power of two divides them all if it divides this."""
-        key, value, k_cache, v_cache = map(self._address, arrays)
-        return (key | value | k_cache | v_cache) % 16
+        key, value, k_cache, v_cache = arrays
+        address = self._address
+        return (address(key) | address(value) | address(k_cache) | address(v_cache)) % 16
 
     def _make_plan(self, name: str, layout: Layout, misalignment: int, *index_sizes: int) -> _Plan:
         key, value, k_cache, v_cache = layout.key, layout.value, layout.k_cache, layout.v_cache

@@ -23,7 +23,8 @@ _Job: TypeAlias = Callable[[], object]
 
 _FEW_TOKENS = 2
 _MANY_ITEMS = 500  # NumPy lets go of the interpreter for more items than these
-_SHARED_BYTES = 2**25  # from here on several threads; waking one and waiting for it takes as long as copying 1 to 4 MB
+_LARGE_BYTES = 2**22  # from here on it pays to look for whole blocks
+_SHARED_BYTES = 2**23  # from here on several threads; waking one and waiting for it takes as long as copying 1 to 4 MB
 _MAX_THREADS = 8
 
 
@@ -38,8 +39,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_helpers.cache_clear)  # a child has none of its parent's threads
 
 
-def _run(jobs: list[_Job]) -> None:
-    """Run ``jobs`` in any order, on several threads; all are done when this returns or raises."""
+def _run(jobs: list[_Job], num_bytes: int) -> None:
+    """Run ``jobs``, which copy ``num_bytes``, in any order; all are done when this returns or raises."""
+    if num_bytes < _SHARED_BYTES:
+        for job in jobs:
+            job()
+        return
     waiting = deque(jobs)
 
     def work() -> None:
@@ -63,7 +68,7 @@ def _run(jobs: list[_Job]) -> None:
 
 
 def _tokens_of_a_job(layout: Layout) -> int:
-    """Tokens in whole blocks, of which K or V of one layer takes about half of what is worth sharing."""
+    """Tokens in whole blocks, of which K or V of one layer takes half of what is worth sharing."""
     return max(1, _SHARED_BYTES // layout.token_bytes // layout.block_size) * layout.block_size
 
 
@@ -83,7 +88,10 @@ def _stretches(slots: _Array, block_size: int) -> Iterator[tuple[int, int, bool]
     starts_run = np.empty(len(slots), bool)  # a run is of successive slots in one block
     starts_run[0] = True
     np.not_equal(slots[1:], slots[:-1] + 1, out=starts_run[1:])
-    starts_run |= slots % block_size == 0
+    if np.count_nonzero(starts_run) > len(slots) // 2:  # slots that lie anywhere
+        yield 0, len(slots), block_size == 1
+        return
+    starts_run |= (slots % block_size if block_size & (block_size - 1) else slots & (block_size - 1)) == 0
     bounds = np.append(np.flatnonzero(starts_run), len(slots))
     whole = np.diff(bounds) == block_size
     edges = np.concatenate(([0], np.flatnonzero(whole[1:] != whole[:-1]) + 1, [len(whole)]))
@@ -163,7 +171,8 @@ class NumpyBackend(HostArrays):
             written = np.flatnonzero(slot_mapping >= 0)
             slot_mapping = slot_mapping[written]
             tensors = [(tokens[written], pool) for tokens, pool in tensors]
-        if layout.num_tokens * layout.token_bytes * layout.num_layers < _SHARED_BYTES:
+        num_bytes = len(slot_mapping) * layout.token_bytes * layout.num_layers
+        if num_bytes < _LARGE_BYTES:
             for tokens, pool in tensors:
                 _write_slots(tokens, pool, slot_mapping)
             return
@@ -175,7 +184,7 @@ class NumpyBackend(HostArrays):
                 slots = slot_mapping[piece]
                 write, index = (_write_blocks, slots[::block_size] // block_size) if whole else (_write_slots, slots)
                 jobs += [functools.partial(write, tokens[piece], pool, index) for tokens, pool in tensors]
-        _run(jobs)
+        _run(jobs, num_bytes)
 
     def gather_cache(
         self,
@@ -215,8 +224,4 @@ class NumpyBackend(HostArrays):
                     ]
                 row += count
                 start += count
-        if num_rows * layout.token_bytes * layout.num_layers >= _SHARED_BYTES:
-            _run(jobs)
-        else:
-            for job in jobs:
-                job()
+        _run(jobs, num_rows * layout.token_bytes * layout.num_layers)

@@ -63,9 +63,10 @@ def scatter(tokens: np.ndarray, pool: np.ndarray, slots: Sequence[int]) -> None:
 
 
 def gather(pool: np.ndarray, tables: Any, lens: Sequence[int], starts: Sequence[int]) -> np.ndarray:
-    rows = [
-        pool[tables[i][position // pool.shape[1]], position % pool.shape[1]]
-        for i in range(len(lens))
-        for position in range(starts[i], lens[i])
-    ]
-    return np.array(rows, pool.dtype).reshape(len(rows), *pool.shape[2:])
+    """The rows, as items without a meaning."""
+    pool = opaque(pool)
+    positions = [(i, position) for i in range(len(lens)) for position in range(starts[i], lens[i])]
+    rows = np.empty((len(positions), *pool.shape[2:]), pool.dtype)
+    for row, (i, position) in enumerate(positions):
+        rows[row] = pool[tables[i][position // pool.shape[1]], position % pool.shape[1]]
+    return rows

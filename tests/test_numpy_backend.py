@@ -26,6 +26,7 @@ def everything_is_much():
     """As if a few tokens were worth several threads; with helpers even on a machine of one core."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "EMULATE", False)
+        patch.setattr(numpy_backend, "_LARGE_BYTES", 200)
         patch.setattr(numpy_backend, "_SHARED_BYTES", 300)
         patch.setattr(numpy_backend, "_MANY_ITEMS", 3)
         patch.setattr(os, "sched_getaffinity", lambda pid: range(4))
@@ -74,6 +75,11 @@ def test_what_counts_as_a_whole_block():
     assert stretches(8, 10, 9, 11) == [(0, 4, False)]  # the first and the last alone do not make a block
     assert stretches(6, 7, 8, 9) == [(0, 4, False)]  # four in a row, of two blocks
     assert stretches(5) == [(0, 1, False)]
+    assert stretches(7, 3, 1, 8, 9, 10, 11, 5) == [(0, 3, False), (3, 7, True), (7, 8, False)]
+    assert stretches(7, 3, 1, 8, 9, 10, 11, 5, 2) == [(0, 9, False)]  # too few to be worth it
+    assert list(numpy_backend._stretches(np.array([1, 2, 3, 4, 5, 6, 7, 0]), 3)) == [
+        (0, 2, False), (2, 5, True), (5, 8, False)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND", "interleaved", "packed"])
@@ -87,7 +93,7 @@ def test_gathering_much(rng, layout, dtype):
     for out in ((memory[0, 2:], memory[1, 2:]), None):
         gathered = gather_cache(*pools, tables, lens, seq_starts=starts, out=out)
         for array, pool in zip(gathered, pools, strict=True):
-            rows = oracle.gather(oracle.opaque(pool), tables, lens, starts)
+            rows = oracle.gather(pool, tables, lens, starts)
             assert oracle.opaque(array)[: len(rows)].tobytes() == rows.tobytes()
     assert (oracle.opaque(memory)[:, [0, 1, -1, -2, -3, -4, -5]].view(np.uint8) == 7).all()
 
@@ -106,7 +112,7 @@ def test_strided_outputs(rng):
 def test_helpers_take_part():
     """With a job for each, all threads have to be at work at once for any to go on."""
     meeting = threading.Barrier(4, timeout=20)
-    numpy_backend._run([meeting.wait] * 4)
+    numpy_backend._run([meeting.wait] * 4, 300)
 
 
 def test_an_error_is_raised_once_nothing_runs_any_more():
@@ -122,7 +128,7 @@ def test_an_error_is_raised_once_nothing_runs_any_more():
 
     for jobs in ([slow, fails, slow, slow], [fails, slow, slow, slow]):
         with pytest.raises(MemoryError, match="no room"):
-            numpy_backend._run(jobs)
+            numpy_backend._run(jobs, 300)
         assert not running
 
 
@@ -134,7 +140,7 @@ import os, numpy as np
 import cupy_pagedkv.numpy_backend as numpy_backend
 from cupy_pagedkv import reshape_and_cache
 os.sched_getaffinity = lambda pid: range(2)
-numpy_backend._SHARED_BYTES = 1
+numpy_backend._LARGE_BYTES = numpy_backend._SHARED_BYTES = 1
 pools, key = np.zeros((2, 8, 4, 1, 8), np.int8), np.ones((32, 1, 8), np.int8)
 reshape_and_cache(key, key, *pools, np.arange(32))
 child = os.fork()

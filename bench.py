@@ -1,0 +1,729 @@
+"""Scatter and gather against a copy of the same bytes, and against what else there is: verified, then timed.
+
+    python bench.py                             every size and shape, on a GPU where there is one
+    python bench.py gather_cache --only 8x128   some of them
+    python bench.py reshape_and_cache --watch   waits for a save of the kernel, then a verdict in seconds
+    python bench.py --kernels                   what the compiler makes of the kernels, with no GPU and no driver
+
+A contender that is not installed is left out; PyTorch and Triton are found where they are. Everybody is handed the same:
+tokens, pools and slots to scatter; pools, block tables and lengths to gather, with an `out` where the interface has one.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent
+sys.path.append(str(ROOT / "tests"))
+
+import oracle  # noqa: E402
+
+import cupy_pagedkv.backend as backend  # noqa: E402
+from cupy_pagedkv import PagedKVCache, gather_cache, nvrtc, reshape_and_cache  # noqa: E402
+from cupy_pagedkv.cuda_backend import CudaBackend, source_of  # noqa: E402
+from cupy_pagedkv.emulator import EmulatedBackend  # noqa: E402
+
+try:
+    import torch
+except ImportError:
+    torch = None  # type: ignore[assignment]
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+BLOCK_SIZE = 16
+TOKENS = (1, 16, 64, 512, 4096, 32768)
+SHAPES = ((8, 128, "float16"), (1, 576, "float16"), (32, 128, "float32"), (8, 64, "float16"), (8, 46, "float16"))
+LONGEST_SEQUENCE = 4096
+OPERATIONS = {
+    "scatter blocks": "reshape_and_cache",  # slots run through whole blocks, which lie anywhere
+    "scatter slots": "reshape_and_cache",  # slots lie anywhere
+    "gather": "gather_cache",
+}
+KERNELS = tuple(sorted(set(OPERATIONS.values())))
+OURS, FLOOR = "cupy_pagedkv", "copy"
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    operation: str
+    heads: int
+    dim: int
+    dtype: str
+    tokens: int
+
+    @property
+    def shape(self) -> str:
+        return f"{self.heads}x{self.dim} {self.dtype}"
+
+    @property
+    def label(self) -> str:
+        return f"{self.operation} {self.shape} tokens={self.tokens}"
+
+    @property
+    def bytes(self) -> int:
+        """Of K and V; an operation reads and writes as many."""
+        return 2 * self.tokens * self.heads * self.dim * np.dtype(self.dtype).itemsize
+
+
+@dataclass
+class Row:
+    """What was measured of a case; times in seconds, medians, of one call."""
+
+    case: Case
+    seconds: dict[str, float]
+    eager: dict[str, float] = field(default_factory=dict)
+    """Host time of one call on a GPU: of ours, and of launching the same kernel with the same arguments."""
+
+    def share_of_copy(self, name: str = OURS) -> float:
+        return self.seconds[FLOOR] / self.seconds[name]
+
+    def ratio_to(self, name: str) -> float:
+        """How many times as fast as `name` this package is."""
+        return self.seconds[name] / self.seconds[OURS]
+
+
+class Problem:
+    """The arrays of a case: `sets` of inputs that share nothing, over one pair of pools."""
+
+    def __init__(self, case: Case, sets: int, xp: Any) -> None:
+        rng = np.random.default_rng(0)
+        n, shape = case.tokens, (case.heads, case.dim)
+        lengths = np.array([min(LONGEST_SEQUENCE, n - i) for i in range(0, n, LONGEST_SEQUENCE)], np.int32)
+        num_seqs, longest = len(lengths), -(-int(lengths.max()) // BLOCK_SIZE)
+        num_blocks = sets * num_seqs * longest * 5 // 4 + 1
+        tables = rng.permutation(num_blocks)[: sets * num_seqs * longest].reshape(sets, num_seqs, longest)
+        slots = (tables[..., None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)).reshape(sets, -1)[:, :n]
+        if case.operation == "scatter slots":
+            slots = rng.permutation(num_blocks * BLOCK_SIZE)[: sets * n].reshape(sets, n)
+        self.case, self.sets, self.xp = case, sets, xp
+        self.host_pools = random_tokens(rng, (2, num_blocks, BLOCK_SIZE, *shape), case.dtype)
+        self.host_tokens = random_tokens(rng, (2, sets, n, *shape), case.dtype)
+        self.host_slots, self.host_tables, self.host_lengths = slots, tables, lengths
+        self.pools = xp.array(self.host_pools)
+        self.flat = self.pools.reshape(2, -1, *shape)  # by slot
+        self.tokens, self.out = xp.array(self.host_tokens), xp.zeros_like(self.host_tokens)
+        self.slots, self.tables = xp.asarray(slots), xp.asarray(tables.astype(np.int32))
+        self.lengths = xp.asarray(lengths)
+        self.cache = PagedKVCache.from_pools(self.pools[0], self.pools[1])
+
+    def expected(self) -> np.ndarray:
+        """The bytes after the first set: both pools of a scatter, or K and V of a gather."""
+        if self.case.operation != "gather":
+            pools = self.host_pools.copy()
+            for tokens, pool in zip(self.host_tokens[:, 0], pools, strict=True):
+                oracle.scatter(tokens, pool, self.host_slots[0])
+            return pools
+        starts = [0] * len(self.host_lengths)
+        return np.stack(
+            [oracle.gather(pool, self.host_tables[0], self.host_lengths, starts) for pool in self.host_pools]
+        )
+
+    def verify(self, name: str, call: Call, expected: np.ndarray) -> None:
+        """Run a contender's call for the first set, and compare all bytes that it may have touched."""
+        if self.case.operation == "gather":
+            self.out[...] = 0
+            got = self.xp.stack([self.xp.asarray(array) for array in call()])
+        else:
+            self.pools[...] = self.xp.asarray(self.host_pools)
+            call()
+            got = self.pools
+        got = got if self.xp is np else self.xp.asnumpy(got)
+        if got.tobytes() != expected.tobytes():
+            wrong = np.flatnonzero(got.reshape(-1).view(np.uint8) != expected.reshape(-1).view(np.uint8))
+            raise SystemExit(f"{self.case.label}: {name} is wrong in {len(wrong)} bytes, the first at {wrong[0]}")
+
+
+def random_tokens(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return oracle.random_bytes(rng, size).view(dtype).reshape(shape)
+
+
+# Who competes. Each gets one callable for each set of inputs.
+
+
+def contenders(p: Problem) -> dict[str, list[Call]]:
+    makers = {FLOOR: copy_calls, OURS: our_calls, "indexing": indexing_calls}
+    if torch is not None:
+        makers["torch"] = torch_calls
+    if triton is not None and p.xp is not np and p.case.operation != "gather":
+        makers["triton"] = triton_calls
+    return {name: [make(p, i) for i in range(p.sets)] for name, make in makers.items()}
+
+
+def copy_calls(p: Problem, i: int) -> Call:
+    (k, v), (k_out, v_out) = p.tokens[:, i], p.out[:, i]
+
+    def on_cpu() -> None:
+        np.copyto(k_out, k)
+        np.copyto(v_out, v)
+
+    def on_gpu() -> None:
+        k_out.data.copy_from_device_async(k.data, k.nbytes)
+        v_out.data.copy_from_device_async(v.data, v.nbytes)
+
+    return on_cpu if p.xp is np else on_gpu
+
+
+def our_calls(p: Problem, i: int) -> Call:
+    (key, value), slots, tables, lengths, cache = p.tokens[:, i], p.slots[i], p.tables[i], p.lengths, p.cache
+    out = (p.out[0, i], p.out[1, i])
+    if p.case.operation == "gather":
+        return lambda: cache.gather(tables, lengths, out=out)
+    return lambda: cache.update(key, value, slots)
+
+
+def indexing_calls(p: Problem, i: int) -> Call:
+    (key, value), (k_pool, v_pool), slots, tables = p.tokens[:, i], p.flat, p.slots[i], p.tables[i]
+    k_out, v_out = p.out[:, i]
+    total, each = p.case.tokens, p.xp.arange(BLOCK_SIZE)
+
+    def scatter() -> None:
+        k_pool[slots] = key
+        v_pool[slots] = value
+
+    def gather() -> Any:
+        rows = (tables[..., None] * BLOCK_SIZE + each).reshape(-1)[:total]
+        if p.xp is np:
+            return k_pool[rows], v_pool[rows]
+        return k_pool.take(rows, 0, k_out), v_pool.take(rows, 0, v_out)
+
+    return gather if p.case.operation == "gather" else scatter
+
+
+def torch_calls(p: Problem, i: int) -> Call:
+    as_torch = torch.from_numpy if p.xp is np else torch.from_dlpack
+    (key, value), (k_pool, v_pool) = map(as_torch, p.tokens[:, i]), map(as_torch, p.flat)
+    (k_out, v_out), slots, tables = map(as_torch, p.out[:, i]), as_torch(p.slots[i]), as_torch(p.tables[i])
+    total, each = p.case.tokens, torch.arange(BLOCK_SIZE, dtype=torch.int32, device=slots.device)
+
+    def scatter() -> None:
+        k_pool.index_copy_(0, slots, key)
+        v_pool.index_copy_(0, slots, value)
+
+    def gather() -> Any:
+        rows = (tables[..., None] * BLOCK_SIZE + each).view(-1)[:total]
+        torch.index_select(k_pool, 0, rows, out=k_out)
+        torch.index_select(v_pool, 0, rows, out=v_out)
+        return p.out[:, i]
+
+    return gather if p.case.operation == "gather" else scatter
+
+
+if triton is not None:
+
+    @triton.jit
+    def store(key, value, k_pool, v_pool, slots, ROW: "tl.constexpr", PLACES: "tl.constexpr"):  # type: ignore  # noqa
+        """A program a token, as the serving engines' Triton kernels have it."""
+        token = tl.program_id(0).to(tl.int64)
+        slot = tl.load(slots + token)
+        if slot >= 0:
+            places = tl.arange(0, PLACES)
+            tl.store(k_pool + slot * ROW + places, tl.load(key + token * ROW + places, places < ROW), places < ROW)
+            tl.store(v_pool + slot * ROW + places, tl.load(value + token * ROW + places, places < ROW), places < ROW)
+
+
+def triton_calls(p: Problem, i: int) -> Call:
+    arrays = [torch.from_dlpack(array) for array in (*p.tokens[:, i], *p.flat, p.slots[i])]
+    row = p.case.heads * p.case.dim
+    grid, places = (p.case.tokens,), triton.next_power_of_2(row)
+    return lambda: store[grid](*arrays, ROW=row, PLACES=places)
+
+
+# Time
+
+
+def time_on_cpu(calls: dict[str, list[Call]], seconds: float) -> dict[str, float]:
+    """Medians of single calls. All take turns, in an order of their own each round."""
+    rng = np.random.default_rng(0)
+    names = list(calls)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < 5 or time.perf_counter() < end:
+        for name in rng.permutation(names):
+            [call] = calls[name]
+            call()
+            for _ in range(3):
+                start = time.perf_counter()
+                call()
+                samples[name].append(time.perf_counter() - start)
+        rounds += 1
+    return {name: statistics.median(samples[name]) for name in names}
+
+
+def time_on_gpu(calls: dict[str, list[Call]], seconds: float, cupy: Any) -> dict[str, float]:
+    """Medians of the device's time for one call: all sets in one CUDA graph, replayed with a cold cache."""
+    device = cupy.cuda.Device()
+    flushed = cupy.zeros(2 * device.attributes["L2CacheSize"], cupy.uint8)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    torch_stream = nullcontext() if torch is None else torch.cuda.stream(torch.cuda.ExternalStream(stream.ptr))
+    graphs = {}
+    with stream, torch_stream:
+        for name, of_sets in calls.items():
+            for call in of_sets:
+                call()  # compiles, and fills the pools of memory that a capture cannot ask for more
+            stream.synchronize()
+            stream.begin_capture()
+            for call in of_sets:
+                call()
+            graphs[name] = stream.end_capture()
+        samples: dict[str, list[float]] = {name: [] for name in calls}
+        begin, finish = cupy.cuda.Event(), cupy.cuda.Event()
+        end = time.perf_counter() + seconds
+        rounds = 0
+        while rounds < 20 or time.perf_counter() < end:
+            for name, graph in graphs.items():
+                flushed.fill(rounds % 256)
+                begin.record(stream)
+                graph.launch(stream)
+                finish.record(stream)
+                finish.synchronize()
+                samples[name].append(cupy.cuda.get_elapsed_time(begin, finish) / 1e3 / len(calls[name]))
+            rounds += 1
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def host_time(call: Call, cupy: Any) -> float:
+    """Median host time of one call that only queues work."""
+    samples = []
+    for _ in range(30):
+        cupy.cuda.Device().synchronize()
+        start = time.perf_counter()
+        for _ in range(20):  # fewer than a stream's queue holds
+            call()
+        samples.append((time.perf_counter() - start) / 20)
+    return statistics.median(samples)
+
+
+class Launched:
+    """A kernel that remembers how it was launched last."""
+
+    last: "Launched"
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __call__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+        Launched.last = self
+        self.kernel(*arguments)
+
+
+class RememberingBackend(CudaBackend):
+    def _build_kernel(self, name: str, defines: Any) -> Any:
+        return Launched(super()._build_kernel(name, defines))
+
+
+def bare_launch(call: Call, cupy: Any) -> Call:
+    """The launch that `call` makes, and nothing else of it."""
+    usual, backend._cuda = backend._cuda, lambda: remembering  # type: ignore[assignment]
+    remembering = RememberingBackend(cupy)
+    try:
+        call()
+    finally:
+        backend._cuda = usual
+    kernel, arguments = Launched.last.kernel, Launched.last.arguments
+    return lambda: kernel(*arguments)
+
+
+def measure(case: Case, xp: Any, seconds: float) -> Row:
+    sets = 1
+    if xp is not np:
+        # Several times the L2 cache, where the graph stays of a reasonable length.
+        l2 = xp.cuda.Device().attributes["L2CacheSize"]
+        sets = min(64, max(2, -(-4 * l2 // case.bytes)))
+    problem = Problem(case, sets, xp)
+    calls = contenders(problem)
+    expected = problem.expected()
+    for name, of_sets in calls.items():
+        if name != FLOOR:
+            problem.verify(name, of_sets[0], expected)
+    if xp is np:
+        return Row(case, time_on_cpu(calls, seconds))
+    ours = calls[OURS][0]
+    row = Row(case, {}, {OURS: host_time(ours, xp), "bare launch": host_time(bare_launch(ours, xp), xp)})
+    if case.operation != "gather":
+        empty = xp.RawKernel('extern "C" __global__ void empty() {}', "empty")
+        calls["empty kernel"] = [lambda: empty((1,), (32,), ())] * sets
+    row.seconds = time_on_gpu(calls, seconds, xp)
+    return row
+
+
+# What is printed
+
+
+def table(rows: Iterable[Row]) -> Iterable[str]:
+    """A header, and a line for each row as it comes."""
+    rivals: list[str] = []
+    for row in rows:
+        if not rivals:
+            rivals = [name for name in row.seconds if name not in (OURS, FLOOR, "empty kernel")]
+            titles = ["µs", "GB/s", "of copy", *(f"x {name}" for name in rivals)]
+            titles += ["eager µs", "bare µs"] if row.eager else []
+            yield f"{'operation':<15}{'shape':<16}{'tokens':>7}" + "".join(f"{title:>12}" for title in titles)
+        case, seconds = row.case, row.seconds[OURS]
+        cells = [f"{seconds * 1e6:.1f}", f"{2 * case.bytes / seconds / 1e9:.1f}", f"{row.share_of_copy():.2f}"]
+        cells += [f"{row.ratio_to(name):.2f}" if name in row.seconds else "" for name in rivals]
+        cells += [f"{time * 1e6:.1f}" for time in row.eager.values()]
+        yield f"{case.operation:<15}{case.shape:<16}{case.tokens:>7}" + "".join(f"{cell:>12}" for cell in cells)
+
+
+def bars(rows: Sequence[Row], on_gpu: bool) -> Iterable[str]:
+    """What this package sets itself, and by how much it is met or missed."""
+
+    def bar(text: str, at_least: float, measured: Iterable[tuple[float, str]]) -> Iterable[str]:
+        results = sorted(measured)
+        if results:
+            met = sum(value >= at_least for value, _ in results)
+            verdict = "met   " if met == len(results) else "MISSED"
+            worst, label = results[0]
+            yield f"{verdict} {text}: in {met} of {len(results)}; the least is {worst:.2f}, {label}"
+
+    def rivals(row: Row, *names: str) -> list[tuple[float, str]]:
+        """Against the best of those that took part."""
+        times = {name: row.ratio_to(name) for name in names if name in row.seconds}
+        return [(ratio, f"{row.case.label} against {name}") for name, ratio in times.items()]
+
+    if on_gpu:
+        large = [row for row in rows if row.case.tokens >= 16384 and row.case.shape == "8x128 float16"]
+        yield from bar(">= 0.95 of a device copy from 16k tokens, 8x128 float16", 0.95,
+                       [(row.share_of_copy(), row.case.label) for row in large])  # fmt: skip
+        yield from bar("ahead of indexing, PyTorch and Triton", 1.0,
+                       [r for row in rows for r in rivals(row, "indexing", "torch", "triton")])  # fmt: skip
+        appends = [row for row in rows if row.case.tokens == 64 and "empty kernel" in row.seconds]
+        yield from bar("an append of 64 tokens within 1.3 of an empty kernel (as its inverse)", 1 / 1.3,
+                       [(row.ratio_to("empty kernel"), row.case.label) for row in appends])  # fmt: skip
+        yield from bar("an eager call within 2.0 of a bare launch (as its inverse)", 1 / 2.0,
+                       [(row.eager["bare launch"] / row.eager[OURS], row.case.label) for row in rows])  # fmt: skip
+        return
+    in_blocks = [row for row in rows if row.case.bytes >= 4e6 and row.case.operation != "scatter slots"]
+    yield from bar(">= 0.85 of np.copyto from 4 MB, gather and slots through whole blocks", 0.85,
+                   [(row.share_of_copy(), row.case.label) for row in in_blocks])  # fmt: skip
+    for kernel, text in (("reshape_and_cache", "scatter"), ("gather_cache", "gather")):
+        of_kernel = [row for row in rows if OPERATIONS[row.case.operation] == kernel]
+        yield from bar(f"{text} >= 1.0 of NumPy indexing from 512 tokens", 1.0,
+                       [r for row in of_kernel if row.case.tokens >= 512 for r in rivals(row, "indexing")])  # fmt: skip
+        yield from bar(f"{text} >= 1.0 of PyTorch from 512 tokens", 1.0,
+                       [r for row in of_kernel if row.case.tokens >= 512 for r in rivals(row, "torch")])  # fmt: skip
+        yield from bar(f"{text} >= 1.0 of PyTorch below 512 tokens", 1.0,
+                       [r for row in of_kernel if row.case.tokens < 512 for r in rivals(row, "torch")])  # fmt: skip
+    single = [row for row in rows if row.case.tokens == 1 and row.case.operation != "gather"]
+    yield from bar("update of one token >= 1.0 of two index_copy_", 1.0,
+                   [r for row in single for r in rivals(row, "torch")])  # fmt: skip
+
+
+def machine(xp: Any) -> dict[str, str]:
+    facts = {"date": date.today().isoformat(), "python": platform.python_version(), "numpy": np.__version__}
+    if torch is not None:
+        facts["torch"] = f"{torch.__version__}, {torch.get_num_threads()} threads"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    facts["cpu"] = f"{cores} cores, {platform.machine()}"
+    if xp is not np:
+        properties = xp.cuda.runtime.getDeviceProperties(xp.cuda.Device().id)
+        facts["gpu"] = properties["name"].decode()
+        facts["driver"] = str(xp.cuda.runtime.driverGetVersion())
+        facts["cupy"] = xp.__version__
+        if triton is not None:
+            facts["triton"] = triton.__version__
+    return facts
+
+
+def plot(rows: Sequence[Row], path: str) -> None:
+    """Share of the floor against size: a panel for each operation and shape, a line for each contender."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    operations = list(dict.fromkeys(row.case.operation for row in rows))
+    shapes = list(dict.fromkeys(row.case.shape for row in rows))
+    figure, axes = pyplot.subplots(
+        len(operations), len(shapes), figsize=(3.2 * len(shapes) + 1, 2.6 * len(operations) + 0.6),
+        squeeze=False, sharex=True, sharey=True, layout="constrained",
+    )  # fmt: skip
+    for i, operation in enumerate(operations):
+        for j, shape in enumerate(shapes):
+            of_panel = [row for row in rows if (row.case.operation, row.case.shape) == (operation, shape)]
+            panel = axes[i][j]
+            for name in [OURS, *(n for n in rows[0].seconds if n not in (OURS, FLOOR, "empty kernel"))]:
+                points = [(row.case.bytes, row.share_of_copy(name)) for row in of_panel if name in row.seconds]
+                panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name,
+                           linewidth=2 if name == OURS else 1)  # fmt: skip
+            panel.axhline(1, color="grey", linewidth=0.8, linestyle="--")
+            panel.set_xscale("log")
+            panel.set_title(f"{operation}, {shape}", fontsize=9)
+    figure.supxlabel("bytes of K and V")
+    figure.supylabel("share of a copy of the same bytes")
+    axes[0][0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+# The compiler's report
+
+
+class RecordingBackend(EmulatedBackend):
+    """Writes down what would be compiled and launched, and does neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recorded: list[tuple[str, Any]] = []
+
+    def _build_kernel(self, name: str, defines: Any) -> Any:
+        self.recorded.append((name, defines))
+        return lambda grid, block, arguments: None
+
+
+@contextmanager
+def emulated_by(instance: EmulatedBackend) -> Any:
+    usual = backend._emulated, backend.EMULATE
+    backend._emulated, backend.EMULATE = lambda: instance, True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        backend._emulated, backend.EMULATE = usual
+
+
+def specialisations(kernel: str) -> dict[str, Any]:
+    """The defines of `kernel` for each of the shapes."""
+    found = {}
+    for heads, dim, dtype in SHAPES:
+        recording = RecordingBackend()
+        with emulated_by(recording):
+            cache = PagedKVCache(2, BLOCK_SIZE, heads, dim, dtype, "cpu")
+            tokens = np.zeros((1, heads, dim), dtype)
+            cache.update(tokens, tokens, np.array([0]))
+            cache.gather(np.array([[0]], np.int32), np.array([1], np.int32))
+        found[f"{heads}x{dim} {dtype}"] = dict(recording.recorded)[kernel]
+    return found
+
+
+def compiler_reports(kernel: str, architectures: Iterable[int]) -> dict[str, str]:
+    return {
+        f"{kernel} {shape}, sm_{arch}": str(nvrtc.report_on(source_of(kernel, defines), arch))
+        for shape, defines in specialisations(kernel).items()
+        for arch in architectures
+    }
+
+
+# One verdict on a kernel, and one at each save
+
+
+CHECKED = (  # heads, dim, dtype, layout, first element, tokens
+    (8, 128, np.float16, "NHD", 0, 37),
+    (3, 46, np.float16, "HND", 0, 19),
+    (2, 5, np.uint8, "interleaved", 1, 40),
+)
+
+
+def check_kernel(kernel: str, xp: Any) -> str | None:
+    """What is wrong with `kernel`, on the GPU or the emulated device, or nothing: all bytes against plain loops."""
+    rng = np.random.default_rng(1)
+    for heads, dim, dtype, layout, first, n in CHECKED:
+        size, views = oracle.pools(layout, 12, 8, heads, dim, dtype, first=first)
+        host = oracle.random_bytes(rng, size)
+        buffer = xp.array(host)
+        qkv = oracle.random_array(rng, (n, 3, heads, dim), dtype)
+        case = f"{heads}x{dim} {np.dtype(dtype)} {layout}"
+        if kernel == "reshape_and_cache":
+            slots = rng.permutation(12 * 8)[:n]
+            slots[[3, 5]] = -1, 12 * 8  # padding, and a slot past the pool
+            on_device = xp.array(qkv)
+            reshape_and_cache(on_device[:, 1], on_device[:, 2], *views(buffer), xp.asarray(slots))
+            for tokens, pool in zip((qkv[:, 1], qkv[:, 2]), views(host), strict=True):
+                oracle.scatter(tokens, pool, np.where(slots < 12 * 8, slots, -1))
+            got, expected = buffer, host
+        else:
+            tables, lengths = rng.permutation(12).reshape(3, 4).astype(np.int32), np.array([29, 0, 17], np.int32)
+            starts = np.array([5, 0, 0], np.int32)
+            got = xp.zeros((2, 50, heads, dim), dtype)
+            gather_cache(*views(buffer), tables, lengths, seq_starts=starts, out=(got[0], got[1]))
+            expected = np.zeros((2, 50, heads, dim), dtype)
+            for rows, pool in zip(oracle.opaque(expected), views(host), strict=True):
+                rows[:41] = oracle.gather(pool, tables, lengths, starts)
+        got = got if xp is np else xp.asnumpy(got)
+        wrong = np.flatnonzero(got.reshape(-1).view(np.uint8) != expected.reshape(-1).view(np.uint8))
+        if len(wrong):
+            return f"{case}: {len(wrong)} of {expected.nbytes} bytes differ, the first at {wrong[0]}"
+    return None
+
+
+def verdict(kernel: str, xp: Any, arch: int, last: dict[str, str | float]) -> tuple[int, dict[str, str | float]]:
+    """Compile, verify and time `kernel`, or print the compiler's report; returns 1 and `last` if anything is wrong."""
+    start = time.perf_counter()
+    instance = EmulatedBackend()
+    try:
+        with nullcontext() if xp is not np else emulated_by(instance):
+            wrong = check_kernel(kernel, xp)
+        if wrong is None:
+            results: dict[str, str | float] = {}
+            if xp is np:
+                results.update(compiler_reports(kernel, [arch]))
+            else:
+                for operation in [op for op, name in OPERATIONS.items() if name == kernel]:
+                    for tokens in (64, 4096):
+                        case = Case(operation, *SHAPES[0], tokens)
+                        results[case.label] = time_on_gpu(
+                            {OURS: contenders(Problem(case, 8, xp))[OURS]}, 0.05, xp
+                        )[OURS]  # fmt: skip
+    except Exception as error:  # whatever a broken edit may cause
+        print(f"error: {error}")
+        wrong = "it did not compile or run"
+    seconds = time.perf_counter() - start
+    if wrong is not None:
+        print(f"{kernel} is WRONG: {wrong} ({seconds:.1f} s)")
+        return 1, last
+    where = "the emulated device" if xp is np else "the GPU"
+    print(f"{kernel} is right on {where} ({seconds:.1f} s)")
+    for label, result in results.items():
+        before = last.get(label)
+        if isinstance(result, str):
+            print(f"  {label}: {result}" + (f"\n    before: {before}" if before not in (None, result) else ""))
+        else:
+            change = f", {result / before - 1:+.1%}" if isinstance(before, float) else ""
+            print(f"  {label}: {result * 1e6:.2f} µs{change}")
+    return 0, results
+
+
+def watch(kernel: str, arguments: Sequence[str]) -> NoReturn:
+    """At each save of the kernel, a verdict of a process of its own, which a broken kernel may take down.
+
+    That process is started ahead, so that all it imports is there when the save comes.
+    """
+    path = ROOT / "kernels" / f"{kernel}.cu"
+
+    def stamp() -> tuple[int, int] | None:
+        try:
+            status = path.stat()
+        except FileNotFoundError:  # an editor is replacing it
+            return None
+        return status.st_mtime_ns, status.st_size
+
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable,
+            str(ROOT / "bench.py"),
+            kernel,
+            "--check-when-told",
+            f"{folder}/last.json",
+            *arguments,
+        ]
+        child = subprocess.Popen(command, stdin=subprocess.PIPE)
+        seen = stamp()
+        print(f"waiting for a save of {path}; Ctrl-C ends", flush=True)
+        try:
+            while True:
+                time.sleep(0.02)
+                now = stamp()
+                if now is None or now == seen:
+                    continue
+                seen = now
+                try:
+                    child.communicate(b"go\n", timeout=60)
+                except subprocess.TimeoutExpired:
+                    child.kill()
+                    print(f"{kernel} is WRONG: no verdict after 60 s; does a loop never end?")
+                if child.returncode < 0:
+                    print(f"{kernel} is WRONG: it crashed (signal {-child.returncode}); an address outside all arrays?")
+                print("waiting for the next save", flush=True)
+                child = subprocess.Popen(command, stdin=subprocess.PIPE)
+        finally:
+            child.kill()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kernel", nargs="?", choices=KERNELS, help="only what runs this kernel")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="by default a GPU where there is one")
+    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="rows whose name has all of these, "
+                        "such as 'gather', '8x128', 'float32' or 'tokens=512'")  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and shapes, and less time for each")
+    parser.add_argument("--json", metavar="FILE", help="write what was measured")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the share of the floor against size")
+    parser.add_argument("--watch", action="store_true", help="a verdict on KERNEL at each save")
+    parser.add_argument("--kernels", action="store_true", help="what the compiler makes of the kernels")
+    parser.add_argument("--arch", type=int, choices=nvrtc.ARCHITECTURES, help="for --watch (90) and --kernels (all)")
+    parser.add_argument("--check-when-told", metavar="FILE", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.watch and options.kernel is None:
+        parser.error(f"--watch needs the kernel: {' or '.join(KERNELS)}")
+    try:
+        place = backend.backend_on(options.device)[0]
+    except RuntimeError as error:
+        parser.error(str(error))
+    xp = place.xp if isinstance(place, CudaBackend) else np
+
+    if options.check_when_told is not None:
+        memory = Path(options.check_when_told)
+        if not sys.stdin.readline():  # whoever would tell is gone
+            return 0
+        last = json.loads(memory.read_text()) if memory.exists() else {}
+        status, results = verdict(options.kernel, xp, options.arch or 90, last)
+        memory.write_text(json.dumps(results))
+        return status
+    if options.watch:
+        watch(options.kernel, [f"--{name}={getattr(options, name)}" for name in ("device", "arch")
+                               if getattr(options, name) is not None])  # fmt: skip
+    kernels = KERNELS if options.kernel is None else (options.kernel,)
+    if options.kernels:
+        for kernel in kernels:
+            reports = compiler_reports(kernel, nvrtc.ARCHITECTURES if options.arch is None else [options.arch])
+            for label, report in reports.items():
+                print(f"{label:<46}{report}")
+        return 0
+
+    cases = [
+        Case(operation, *shape, tokens)
+        for operation, kernel in OPERATIONS.items()
+        if kernel in kernels
+        for shape in (SHAPES[:2] if options.quick else SHAPES)
+        for tokens in (TOKENS[::2] if options.quick else TOKENS)
+    ]
+    cases = [case for case in cases if all(text in case.label for text in options.only)]
+    if not cases:
+        parser.error(f"no row has all of {options.only} in its name, such as {Case('gather', *SHAPES[0], 512).label!r}")
+    facts = machine(xp)
+    print(", ".join(f"{name} {fact}" for name, fact in facts.items()))
+    print("GB/s count what is read and what is written. x: how many times as fast as that.\n")
+    rows: list[Row] = []
+
+    def measured() -> Iterable[Row]:
+        for case in cases:
+            rows.append(measure(case, xp, 0.05 if options.quick else 0.7))
+            yield rows[-1]
+
+    for line in table(measured()):
+        print(line, flush=True)
+    print()
+    for line in bars(rows, xp is not np):
+        print(line)
+    if options.json:
+        Path(options.json).write_text(json.dumps({"machine": facts, "rows": [asdict(row) for row in rows]}, indent=1))
+    if options.plot:
+        plot(rows, options.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
