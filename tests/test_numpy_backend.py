@@ -75,8 +75,8 @@ def test_what_counts_as_a_whole_block():
     assert stretches(8, 10, 9, 11) == [(0, 4, False)]  # the first and the last alone do not make a block
     assert stretches(6, 7, 8, 9) == [(0, 4, False)]  # four in a row, of two blocks
     assert stretches(5) == [(0, 1, False)]
-    assert stretches(7, 3, 1, 8, 9, 10, 11, 5) == [(0, 3, False), (3, 7, True), (7, 8, False)]
-    assert stretches(7, 3, 1, 8, 9, 10, 11, 5, 2) == [(0, 9, False)]  # too few to be worth it
+    assert stretches(7, 3, 8, 9, 10, 11, 4, 5, 6, 7, 1) == [(0, 2, False), (2, 10, True), (10, 11, False)]
+    assert stretches(7, 3, 1, 8, 9, 10, 11, 5, 2) == [(0, 9, False)]  # one block of nine tokens is not worth it
     assert list(numpy_backend._stretches(np.array([1, 2, 3, 4, 5, 6, 7, 0]), 3)) == [
         (0, 2, False), (2, 5, True), (5, 8, False)
     ]  # fmt: skip
