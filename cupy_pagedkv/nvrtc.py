@@ -1,5 +1,9 @@
 """What NVIDIA's compiler makes of a kernel, for any architecture, with no GPU and no driver.
 
+>>> from cupy_pagedkv.nvrtc import report_on
+>>> print(report_on('extern "C" __global__ void f(uint4* a) { a[threadIdx.x] = a[threadIdx.x + 1]; }', arch=90))
+ 10 registers, 0 B stack, 0 B spilled; loads 1 x 128 bits; stores 1 x 128 bits
+
 Needs the extra ``bench``: NVRTC, ``cuda.core`` to call it, and ``nvdisasm`` to read what comes out.
 """
 
@@ -9,39 +13,46 @@ import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
-__all__ = ["ARCHITECTURES", "CompilerReport", "compile_kernel", "report_on"]
+__all__ = ["ARCHITECTURES", "CompilerReport", "Resources", "compile_kernel", "report_on"]
 
 ARCHITECTURES = (75, 80, 90, 100, 120)
-"""Turing, Ampere, Hopper and the two Blackwells: an oldest, and one of each generation since."""
+"""One of each generation from Turing on: compute capability 7.5 is the oldest that CUDA 13 compiles for."""
+
+
+class Resources(NamedTuple):
+    """What a thread of a kernel takes."""
+
+    registers: int
+    stack: int
+    """Bytes of stack frame."""
+    spills: int
+    """Bytes of spill stores and of spill loads."""
 
 
 @dataclass(frozen=True)
 class CompilerReport:
     """Of one kernel for one architecture."""
 
-    registers: int
-    """Of a thread."""
-    stack: int
-    """Bytes of a thread's stack frame."""
-    spills: int
-    """Bytes of spill stores and spill loads."""
+    resources: Resources
     loads: dict[int, int]
     """How many instructions load from global memory, by their width in bits."""
     stores: dict[int, int]
 
     def __str__(self) -> str:
         def widths(counts: dict[int, int]) -> str:
-            return " ".join(f"{count}x{width}" for width, count in sorted(counts.items(), reverse=True)) or "none"
+            return ", ".join(f"{count} x {width}" for width, count in sorted(counts.items(), reverse=True)) or "0 x 0"
 
+        registers, stack, spills = self.resources
         return (
-            f"{self.registers:>3} registers, {self.stack} B stack, {self.spills} B spilled, "
-            f"loads {widths(self.loads)}, stores {widths(self.stores)}"
+            f"{registers:>3} registers, {stack} B stack, {spills} B spilled; "
+            f"loads {widths(self.loads)} bits; stores {widths(self.stores)} bits"
         )
 
 
-def compile_kernel(code: str, arch: int) -> tuple[bytes, str]:
-    """The machine code (a cubin) of ``code`` for ``sm_<arch>``, and what ``ptxas -v`` said of it.
+def compile_kernel(code: str, arch: int) -> tuple[bytes, Resources]:
+    """The machine code (a cubin) of ``code``, which holds one kernel, for ``sm_<arch>``, and what it takes.
 
     Raises NVRTC's error, whose text names the lines, where ``code`` is wrong, ``RuntimeError`` without NVRTC.
     """
@@ -51,23 +62,23 @@ def compile_kernel(code: str, arch: int) -> tuple[bytes, str]:
         raise RuntimeError(f"NVRTC is called through cuda.core ({error}); pip install 'cupy_pagedkv[bench]'") from None
     log = io.StringIO()
     options = ProgramOptions(arch=f"sm_{arch}", std="c++17", ptxas_options=["-v"])
-    program = Program(code, "c++", options)
-    cubin = program.compile("cubin", logs=log).code
-    return bytes(cubin), log.getvalue()
+    cubin = Program(code, "c++", options).compile("cubin", logs=log).code
+    [registers] = re.findall(r"Used (\d+) registers", log.getvalue())
+    [(stack, stores, loads)] = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue()
+    )
+    return bytes(cubin), Resources(int(registers), int(stack), int(stores) + int(loads))
 
 
 def report_on(code: str, arch: int) -> CompilerReport:
-    """Compile ``code``, which holds one kernel, for ``sm_<arch>`` and read the result; raises as
-    :func:`compile_kernel` does, and ``RuntimeError`` without ``nvdisasm``."""
-    cubin, log = compile_kernel(code, arch)
-    [registers] = re.findall(r"Used (\d+) registers", log)
-    [numbers] = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    stack, *spills = map(int, numbers)
+    """Compile ``code`` for ``sm_<arch>`` and read the machine code. Raises as :func:`compile_kernel` does, and
+    ``RuntimeError`` without ``nvdisasm``."""
+    cubin, resources = compile_kernel(code, arch)
     widths: dict[str, Counter[int]] = {"LDG": Counter(), "STG": Counter()}
     for instruction, modifiers in re.findall(r"\b(LDG|STG)(\S*)", _disassemble(cubin)):
         width = re.search(r"\.[US]?(8|16|64|128)(?!\d)", modifiers)
         widths[instruction][int(width[1]) if width else 32] += 1
-    return CompilerReport(int(registers), stack, sum(spills), dict(widths["LDG"]), dict(widths["STG"]))
+    return CompilerReport(resources, dict(widths["LDG"]), dict(widths["STG"]))
 
 
 def _disassemble(cubin: bytes) -> str:

@@ -3,8 +3,6 @@
 This file runs last. On its own it compiles the shapes of common models.
 """
 
-import io
-import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,21 +14,12 @@ import pytest
 import cupy_pagedkv.backend as backend
 from cupy_pagedkv import PagedKVCache
 from cupy_pagedkv.cuda_backend import source_of
+from cupy_pagedkv.nvrtc import ARCHITECTURES, compile_kernel, report_on
 
-cuda_core = pytest.importorskip("cuda.core", reason="cuda.core is not installed, which NVRTC is called through")
+pytest.importorskip("cuda.core", reason="cuda.core is not installed, which NVRTC is called through")
 
 KERNELS = {path.stem for path in (Path(__file__).parent.parent / "kernels").glob("*.cu")}
 COMMON = [(8, 128, 128), (1, 576, 512), (32, 128, 128), (8, 64, 64), (8, 46, 46)]
-
-
-def compile_for(arch: int, code: str) -> tuple[list[int], str]:
-    """Bytes of stack frame, of spill stores and of spill loads, and all that the compiler said."""
-    log = io.StringIO()
-    options = cuda_core.ProgramOptions(arch=f"sm_{arch}", std="c++17", ptxas_options=["-v"])
-    cuda_core.Program(code, "c++", options).compile("cubin", logs=log)
-    text = log.getvalue()
-    [numbers] = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
-    return [int(number) for number in numbers], text
 
 
 @pytest.fixture(scope="module")
@@ -46,24 +35,36 @@ def sources() -> list[str]:
     return sorted(source_of(name, defines) for name, defines in conftest.specialisations)
 
 
-@pytest.mark.parametrize("arch", [75, 80, 90, 100, 120])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_specialisation_compiles_without_spills(sources, arch):
     with ThreadPoolExecutor(2) as threads:
-        results = list(threads.map(lambda code: compile_for(arch, code), sources))
-    for code, (stack, log) in zip(sources, results, strict=True):
-        if stack != [0, 0, 0]:
-            pytest.fail(f"stack or spills on sm_{arch}:\n{log}\n{code[: code.index('#line')]}", pytrace=False)
+        results = list(threads.map(lambda code: compile_kernel(code, arch)[1], sources))
+    for code, resources in zip(sources, results, strict=True):
+        if resources.stack or resources.spills:
+            pytest.fail(f"on sm_{arch}: {resources}\n{code[: code.index('#line')]}", pytrace=False)
 
 
 def test_a_spill_would_show():
     """64 values that have to be kept at once, in the 32 registers that two blocks of 1024 threads leave."""
     loops = "for (int i = 0; i < 64; ++i) a[i] = x[i]; for (int i = 0; i < 64; ++i) x[i] = a[63 - i];"
     code = f'extern "C" __global__ void __launch_bounds__(1024, 2) f(volatile int* x) {{ int a[64]; {loops} }}'
-    stack, _ = compile_for(80, code)
-    assert all(stack)
+    _, resources = compile_kernel(code, 80)
+    assert resources.stack
+    assert resources.spills
 
 
 def test_nvrtc_names_the_line_in_the_cu_file():
     code = source_of("gather_cache", (("BLOCK_SIZE", 16),))
     with pytest.raises(Exception, match=r'kernels/gather_cache\.cu\(\d+\): error: identifier "STARTS_T" is undefined'):
-        compile_for(80, code)
+        compile_kernel(code, 80)
+
+
+@pytest.mark.parametrize(
+    ("type_", "bits"), [("unsigned char", 8), ("short", 16), ("int", 32), ("uint2", 64), ("uint4", 128)]
+)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_width_of_accesses_is_read_from_the_machine_code(arch, type_, bits):
+    code = f'extern "C" __global__ void f({type_}* a) {{ a[threadIdx.x] = a[threadIdx.x + 1]; }}'
+    report = report_on(code, arch)
+    assert (report.loads, report.stores) == ({bits: 1}, {bits: 1})
+    assert f"loads 1 x {bits} bits; stores 1 x {bits} bits" in str(report)

@@ -1,0 +1,217 @@
+"""bench.py: what it verifies, counts and prints; and its watch over a kernel, through good, broken and wrong edits."""
+
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import bench
+
+ROOT = Path(bench.__file__).parent
+
+
+def run(*arguments: str) -> str:
+    command = [sys.executable, str(ROOT / "bench.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+
+
+def test_a_run_on_the_cpu(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed, which draws the plot")
+    files = [f"--json={tmp_path / 'out.json'}", f"--plot={tmp_path / 'out.png'}"]
+    text = run("--device=cpu", "--quick", *files, "--only", "8x128", "tokens=64")
+    rows = [line for line in text.splitlines() if "8x128 float16" in line and not line.startswith(("met", "MISSED"))]
+    assert [line.split()[:-3][0] for line in rows] == ["scatter", "scatter", "gather"]
+    bars = [line for line in text.splitlines() if line.startswith(("met", "MISSED"))]
+    assert all("float16 tokens=64 against torch" in line for line in bars)
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["machine"]["numpy"] == np.__version__
+    assert [row["case"]["tokens"] for row in report["rows"]] == [64] * 3
+    for row in report["rows"]:
+        assert {"copy", "cupy_pagedkv", "indexing"} <= row["seconds"].keys()
+        assert all(0 < seconds < 1 for seconds in row["seconds"].values())
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("operation", bench.OPERATIONS)
+@pytest.mark.parametrize("tokens", [1, 40, 5000])
+def test_every_contender_does_the_same_and_a_wrong_one_is_found(operation, tokens):
+    """With several sets of inputs, of which a run on a CPU has one: the first must not depend on the others."""
+    case = bench.Case(operation, 2, 6, "float16", tokens)
+    for sets in (1, 3):
+        problem = bench.Problem(case, sets, np)
+        expected = problem.expected()
+        calls = bench.contenders(problem)
+        assert {"copy", "cupy_pagedkv", "indexing"} <= calls.keys()
+        for name, of_sets in calls.items():
+            assert len(of_sets) == sets
+            if name != "copy":
+                problem.verify(name, of_sets[0], expected)
+        untouched = problem.out[:, 0]
+        with pytest.raises(SystemExit, match=f"{operation} 2x6 float16 tokens={tokens}: nothing is wrong in"):
+            problem.verify("nothing", lambda untouched=untouched: untouched, expected)
+        if sets > 1:
+            with pytest.raises(SystemExit, match="another set is wrong in"):
+                problem.verify("another set", calls["cupy_pagedkv"][1], expected)
+
+
+def row(operation: str, tokens: int, ours: float, **others: float) -> bench.Row:
+    return bench.Row(bench.Case(operation, 8, 128, "float16", tokens), {"cupy_pagedkv": ours, **others})
+
+
+def test_bars_on_a_cpu():
+    rows = [
+        row("scatter blocks", 1, 5.0, copy=1.0, indexing=3.0, torch=5.5),
+        row("scatter slots", 4096, 100.0, copy=50.0, indexing=110.0, torch=99.0),
+        row("scatter blocks", 4096, 100.0, copy=84.0, indexing=110.0, torch=120.0),
+        row("gather", 4096, 100.0, copy=86.0, indexing=110.0, torch=120.0),
+    ]
+    lines = list(bench.bars(rows, on_gpu=False))
+    assert lines == [
+        "MISSED >= 0.85 of np.copyto from 4 MB, gather and slots through whole blocks: in 1 of 2; the least is 0.84, "
+        "scatter blocks 8x128 float16 tokens=4096",
+        "met    scatter >= 1.0 of NumPy indexing from 512 tokens: in 2 of 2; the least is 1.10, "
+        "scatter blocks 8x128 float16 tokens=4096 against indexing",
+        "MISSED scatter >= 1.0 of PyTorch from 512 tokens: in 1 of 2; the least is 0.99, "
+        "scatter slots 8x128 float16 tokens=4096 against torch",
+        "met    scatter >= 1.0 of PyTorch below 512 tokens: in 1 of 1; the least is 1.10, "
+        "scatter blocks 8x128 float16 tokens=1 against torch",
+        "met    gather >= 1.0 of NumPy indexing from 512 tokens: in 1 of 1; the least is 1.10, "
+        "gather 8x128 float16 tokens=4096 against indexing",
+        "met    gather >= 1.0 of PyTorch from 512 tokens: in 1 of 1; the least is 1.20, "
+        "gather 8x128 float16 tokens=4096 against torch",
+        "met    update of one token >= 1.0 of two index_copy_: in 1 of 1; the least is 1.10, "
+        "scatter blocks 8x128 float16 tokens=1 against torch",
+    ]
+
+
+def test_bars_on_a_gpu():
+    def on_gpu(*arguments: Any, eager: tuple[float, float], **others: float) -> bench.Row:
+        result = row(*arguments, **others)
+        result.eager = {"cupy_pagedkv": eager[0], "bare launch": eager[1]}
+        return result
+
+    rows = [
+        on_gpu("scatter slots", 64, 2.0, copy=1.0, indexing=3.0, triton=2.5, **{"empty kernel": 1.6}, eager=(19.0, 10)),
+        on_gpu("gather", 32768, 100.0, copy=96.0, indexing=99.0, eager=(21.0, 10)),
+    ]
+    verdicts = [(line[:6], line.split("; ")[1].split(",")[0]) for line in bench.bars(rows, on_gpu=True)]
+    assert verdicts == [
+        ("met   ", "the least is 0.96"),
+        ("MISSED", "the least is 0.99"),
+        ("met   ", "the least is 0.80"),
+        ("MISSED", "the least is 0.48"),
+    ]
+
+
+def test_rows_that_do_not_exist_are_refused():
+    command = [sys.executable, str(ROOT / "bench.py"), "--device=cpu", "--only", "gather", "9x9"]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "no row has all of ['gather', '9x9'] in its name" in refused.stderr
+
+
+@pytest.mark.parametrize("kernel", bench.KERNELS)
+def test_common_shapes_have_wide_accesses_and_no_spills(kernel):
+    pytest.importorskip("cuda.core", reason="cuda.core is not installed, which NVRTC is called through")
+    reports = bench.compiler_reports(kernel, [90], bench.SHAPES)
+    assert len(reports) == len(bench.SHAPES)
+    for label, report in reports.items():
+        assert report.resources.stack == report.resources.spills == 0, label
+        assert set(report.stores) == {128}, label
+        assert report.loads[128] == report.stores[128], label
+
+
+class Watched:
+    """`bench.py KERNEL --watch` over a copy of the sources, whose kernel can be edited."""
+
+    def __init__(self, folder: Path, kernel: str) -> None:
+        shutil.copytree(ROOT / "cupy_pagedkv", folder / "cupy_pagedkv")
+        shutil.copytree(ROOT / "kernels", folder / "kernels")
+        (folder / "tests").mkdir()
+        shutil.copy(ROOT / "tests" / "oracle.py", folder / "tests")
+        shutil.copy(ROOT / "bench.py", folder)
+        self.path = folder / "kernels" / f"{kernel}.cu"
+        self.good = self.path.read_text()
+        self.lines: queue.Queue[str] = queue.Queue()
+        self.process = subprocess.Popen(
+            [sys.executable, str(folder / "bench.py"), kernel, "--watch", "--device=cpu"],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
+        self.reader = threading.Thread(target=self._read)
+        self.reader.start()
+        self.said("waiting for a save")
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as lines:
+            for line in lines:
+                self.lines.put(line)
+
+    def said(self, last: str) -> str:
+        """All lines up to one that starts with `last`."""
+        text = ""
+        while True:
+            line = self.lines.get(timeout=90)
+            text += line
+            if line.startswith(last):
+                return text
+
+    def saved(self, source: str) -> str:
+        self.path.write_text(source)
+        return self.said("waiting for the next save")
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Iterator[Watched]:
+    pytest.importorskip("cuda.core", reason="cuda.core is not installed, which NVRTC is called through")
+    watched = Watched(tmp_path, "reshape_and_cache")
+    yield watched
+    os.killpg(watched.process.pid, 15)
+    watched.process.wait()
+    watched.reader.join()
+
+
+def test_watch(watched):
+    good = watched.good
+    text = watched.saved(good + "// an edit that changes nothing\n")
+    assert "reshape_and_cache is right on the emulated device" in text
+    assert "8x128 float16, sm_90:" in text
+    assert "0 B spilled; loads 8 x 128, 2 x 64 bits; stores 8 x 128 bits" in text
+    assert "before:" not in text
+
+    line = next(i for i, text in enumerate(good.splitlines(), 1) if "if (slot < 0" in text)
+    text = watched.saved(good.replace("if (slot < 0", "if (slott < 0"))
+    assert f"kernels/reshape_and_cache.cu:{line}:" in text
+    assert "reshape_and_cache FAILED" in text
+    assert "is right" not in text
+
+    text = watched.saved(good.replace("+ slot % BLOCK_SIZE * slot_stride", "+ (slot + 1) % BLOCK_SIZE * slot_stride"))
+    assert "reshape_and_cache is WRONG: 8x128 float16 NHD: " in text
+    assert "bytes differ, the first at " in text
+    assert "is right" not in text
+
+    text = watched.saved(good.replace("*(ACCESS_T*)(dst", "*(ACCESS_T*)((char*)0 + (long long)(dst - dst)"))
+    assert "reshape_and_cache is WRONG: it crashed (signal 11)" in text
+
+    text = watched.saved(good.replace("u < UNROLL", "u < UNROLL / 2").replace("32 * UNROLL", "32 * (UNROLL / 2)"))
+    assert "is right" not in text  # the launch code counts on slices of 32 * UNROLL
+
+    text = watched.saved(good.replace("#pragma unroll", "#pragma unroll 1"))
+    assert "is right" in text
+    assert "before: " in text  # of the last kernel that was right
+
+
+def test_watch_needs_a_kernel():
+    command = [sys.executable, str(ROOT / "bench.py"), "--watch"]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "--watch needs the kernel: gather_cache or reshape_and_cache" in refused.stderr
