@@ -40,6 +40,8 @@ class Layout:
     block_size: int
     token_bytes: int
     """Of K and V together, in one layer."""
+    plain: bool
+    """Whether no array has an axis of layers, and no item fields."""
 
 
 @functools.lru_cache(_REMEMBERED)
@@ -76,7 +78,8 @@ def layout_of(
     v_cache = _with_layers(4, v_shape, v_strides, v_dtype)
     num_layers, num_blocks, block_size = k_cache.shape[:3]
     token_bytes = sum(pool.shape[3] * pool.shape[4] * pool.dtype.itemsize for pool in (k_cache, v_cache))
-    return Layout(key, value, k_cache, v_cache, num_layers, key.shape[1], num_blocks, block_size, token_bytes)
+    plain = len(k_shape) == 4 and k_dtype.fields is None and v_dtype.fields is None
+    return Layout(key, value, k_cache, v_cache, num_layers, key.shape[1], num_blocks, block_size, token_bytes, plain)
 
 
 @functools.lru_cache(_REMEMBERED)

@@ -187,7 +187,7 @@ def _asnumpy(array: Array, backend: Backend) -> np.ndarray:
 
 
 def _on_device(array: Array, backend: Backend, pool: Array) -> Array:
-    return backend.from_numpy(array, pool.device) if isinstance(array, np.ndarray) else array
+    return array if isinstance(array, backend.ndarray) else backend.from_numpy(array, pool.device)
 
 
 def _check_writeable(name: str, array: Array) -> None:
