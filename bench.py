@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -121,7 +121,8 @@ class Problem:
         self.host_slots, self.host_tables, self.host_lengths = slots, tables, lengths
         self.pools = xp.array(self.host_pools)
         self.flat = self.pools.reshape(2, -1, *shape)  # by slot
-        self.tokens, self.out = xp.array(self.host_tokens), xp.zeros_like(self.host_tokens)
+        self.tokens = xp.array(self.host_tokens)
+        self.out = xp.zeros(self.tokens.shape, self.tokens.dtype)
         self.slots, self.tables = xp.asarray(slots), xp.asarray(tables.astype(np.int32))
         self.lengths = xp.asarray(lengths)
         self.cache = PagedKVCache.from_pools(self.pools[0], self.pools[1])
@@ -163,10 +164,10 @@ def random_tokens(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) 
 
 def contenders(p: Problem) -> dict[str, list[Call]]:
     makers = {FLOOR: copy_calls, OURS: our_calls, "indexing": indexing_calls}
-    if torch is not None:
+    if torch is not None and (p.xp is np or torch.cuda.is_available()):
         makers["torch"] = torch_calls
-    if triton is not None and p.xp is not np and p.case.operation != "gather":
-        makers["triton"] = triton_calls
+        if triton is not None and p.xp is not np and p.case.operation != "gather":
+            makers["triton"] = triton_calls
     return {name: [make(p, i) for i in range(p.sets)] for name, make in makers.items()}
 
 
@@ -232,7 +233,7 @@ def torch_calls(p: Problem, i: int) -> Call:
 if triton is not None:
 
     @triton.jit
-    def store(key, value, k_pool, v_pool, slots, ROW: "tl.constexpr", PLACES: "tl.constexpr"):  # type: ignore  # noqa
+    def store(key, value, k_pool, v_pool, slots, ROW: tl.constexpr, PLACES: tl.constexpr):  # type: ignore  # noqa
         """A program a token, as the serving engines' Triton kernels have it."""
         token = tl.program_id(0).to(tl.int64)
         slot = tl.load(slots + token)
@@ -273,21 +274,31 @@ def time_on_cpu(calls: dict[str, list[Call]], seconds: float) -> dict[str, float
 
 def time_on_gpu(calls: dict[str, list[Call]], seconds: float, cupy: Any) -> dict[str, float]:
     """Medians of the device's time for one call: all sets in one CUDA graph, replayed with a cold cache."""
-    device = cupy.cuda.Device()
-    flushed = cupy.zeros(2 * device.attributes["L2CacheSize"], cupy.uint8)
+    flushed = cupy.zeros(2 * cupy.cuda.Device().attributes["L2CacheSize"], cupy.uint8)
     stream = cupy.cuda.Stream(non_blocking=True)
-    torch_stream = nullcontext() if torch is None else torch.cuda.stream(torch.cuda.ExternalStream(stream.ptr))
+    torch_stream: Any = nullcontext()
+    if "torch" in calls:
+        torch_stream = torch.cuda.stream(torch.cuda.ExternalStream(stream.ptr))
     graphs = {}
+    cupy.cuda.Device().synchronize()  # what made the arrays ran on another stream
     with stream, torch_stream:
         for name, of_sets in calls.items():
             for call in of_sets:
-                call()  # compiles, and fills the pools of memory that a capture cannot ask for more
+                call()  # compiles, and leaves in the allocators what a capture cannot ask for
             stream.synchronize()
             stream.begin_capture()
-            for call in of_sets:
-                call()
-            graphs[name] = stream.end_capture()
-        samples: dict[str, list[float]] = {name: [] for name in calls}
+            try:
+                for call in of_sets:
+                    call()
+            except Exception as error:
+                if name in (OURS, FLOOR):
+                    raise
+                print(f"{name} cannot be captured and is left out: {error}", file=sys.stderr)
+                with suppress(Exception):
+                    stream.end_capture()
+            else:
+                graphs[name] = stream.end_capture()
+        samples: dict[str, list[float]] = {name: [] for name in graphs}
         begin, finish = cupy.cuda.Event(), cupy.cuda.Event()
         end = time.perf_counter() + seconds
         rounds = 0
@@ -336,8 +347,8 @@ class RememberingBackend(CudaBackend):
 
 def bare_launch(call: Call, cupy: Any) -> Call:
     """The launch that `call` makes, and nothing else of it."""
-    usual, backend._cuda = backend._cuda, lambda: remembering  # type: ignore[assignment]
     remembering = RememberingBackend(cupy)
+    usual, backend._cuda = backend._cuda, lambda: remembering  # type: ignore[assignment]
     try:
         call()
     finally:
@@ -432,8 +443,13 @@ def bars(rows: Sequence[Row], on_gpu: bool) -> Iterable[str]:
                    [r for row in single for r in rivals(row, "torch")])  # fmt: skip
 
 
-def machine(xp: Any) -> dict[str, str]:
-    facts = {"date": date.today().isoformat(), "python": platform.python_version(), "numpy": np.__version__}
+def machine(name: str, xp: Any) -> dict[str, str]:
+    facts = {
+        "backend": name,
+        "date": date.today().isoformat(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }
     if torch is not None:
         facts["torch"] = f"{torch.__version__}, {torch.get_num_threads()} threads"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -696,8 +712,13 @@ def main() -> int:
                                if getattr(options, name) is not None])  # fmt: skip
     kernels = KERNELS if options.kernel is None else (options.kernel,)
     if options.kernels:
+        architectures = nvrtc.ARCHITECTURES if options.arch is None else (options.arch,)
         for kernel in kernels:
-            reports = compiler_reports(kernel, nvrtc.ARCHITECTURES if options.arch is None else [options.arch], SHAPES)
+            try:
+                reports = compiler_reports(kernel, architectures, SHAPES)
+            except Exception as error:  # NVRTC's text names the line
+                print(error, file=sys.stderr)
+                return 1
             for label, report in reports.items():
                 print(f"{label:<46}{report}")
         return 0
@@ -712,7 +733,7 @@ def main() -> int:
     cases = [case for case in cases if all(text in case.label for text in options.only)]
     if not cases:
         parser.error(f"no row has all of {options.only} in its name, such as {Case('gather', *SHAPES[0], 512).label!r}")
-    facts = machine(xp)
+    facts = machine(place.name, xp)
     print(", ".join(f"{name} {fact}" for name, fact in facts.items()))
     print("GB/s count what is read and what is written. x: how many times as fast as that.\n")
     rows: list[Row] = []

@@ -41,22 +41,19 @@ __device__ __forceinline__ Extent extent_of(
     return e;
 }
 
-template <int HEADS, int RUNS, int RUN>
-__device__ __forceinline__ void gather_segment(
-    char* __restrict__ rows, long long token_stride, long long head_stride, long long dim_stride,
-    const char* __restrict__ pool, long long block_stride, long long slot_stride, long long pool_head_stride,
-    const char* __restrict__ block_tables, long long table_stride, long long entry_stride, long long max_blocks,
-    const char* __restrict__ seq_lens, long long lens_stride,
-    const char* __restrict__ seq_starts, long long starts_stride,
-    long long num_seqs, long long num_rows, long long num_blocks)
-{
-    constexpr int ROW = HEADS * RUNS * RUN;
-    constexpr int SLICES = (BLOCK_SIZE * ROW + 32 * UNROLL - 1) / (32 * UNROLL);
-    const long long warp = blockIdx.x * (long long)(blockDim.x / 32) + threadIdx.x / 32;
-    const int lane = threadIdx.x % 32;
-    long long segment = warp / SLICES;  // counted from the first of the `count` sequences from `seq` on
-    long long seq = 0, count = num_seqs, row = 0;
+// `tokens` rows from `row` on: those of a block's places from `offset` on, for column `column` of the table of `seq`.
+struct Segment {
+    long long seq, column, row;
+    int offset, tokens;
+};
 
+// Segment number `segment` of all; of no tokens if there are not so many. All lanes of a warp ask for the same.
+__device__ __forceinline__ Segment find_segment(
+    long long segment, const char* __restrict__ seq_lens, long long lens_stride, const char* __restrict__ seq_starts,
+    long long starts_stride, long long max_blocks, long long num_seqs, long long num_rows)
+{
+    const int lane = threadIdx.x % 32;
+    long long seq = 0, count = num_seqs, row = 0;  // `segment` is counted from the first of `count` sequences from `seq`
     while (count > 1) {
         const long long share = (count + 31) / 32;
         const long long mine = lane * share;
@@ -74,7 +71,7 @@ __device__ __forceinline__ void gather_segment(
             if (lane >= d) segments_through += s, positions_through += p;
         }
         const unsigned holders = __ballot_sync(ALL, segments_through > segment);
-        if (!holders) return;
+        if (!holders) return {};
         const int holder = __ffs(holders) - 1;
         segment -= __shfl_sync(ALL, segments_through - segments, holder);
         row += __shfl_sync(ALL, positions_through - positions, holder);
@@ -82,20 +79,26 @@ __device__ __forceinline__ void gather_segment(
         count = min(share, count - holder * share);
     }
     const Extent e = extent_of(seq, seq_lens, lens_stride, seq_starts, starts_stride, max_blocks);
-    if (segment >= e.num_blocks) return;
-
+    if (segment >= e.num_blocks) return {};
     const long long column = e.first_block + segment;
     const long long position = max(e.start, column * BLOCK_SIZE);
     const long long end = min(e.end, (column + 1) * BLOCK_SIZE);
     row += position - e.start;
-    const int offset = (int)(position % BLOCK_SIZE);
-    const int accesses = (int)min(end - position, num_rows - row) * ROW;
-    const int first = (int)(warp % SLICES) * (32 * UNROLL) + lane;
+    return {seq, column, row, (int)(position % BLOCK_SIZE), (int)min(end - position, max(num_rows - row, 0LL))};
+}
 
-    const long long block = *(const TABLE_T*)(block_tables + seq * table_stride + column * entry_stride);
+template <int HEADS, int RUNS, int RUN>
+__device__ __forceinline__ void copy_slice(
+    const Segment& segment, int slice, long long block, long long num_blocks,
+    char* __restrict__ rows, long long token_stride, long long head_stride, long long dim_stride,
+    const char* __restrict__ pool, long long block_stride, long long slot_stride, long long pool_head_stride)
+{
+    constexpr int ROW = HEADS * RUNS * RUN;
+    const int accesses = segment.tokens * ROW;
+    const int first = slice * (32 * UNROLL) + threadIdx.x % 32;
     const bool inside = block >= 0 && block < num_blocks;
-    const char* src = pool + (inside ? block * block_stride : 0) + offset * slot_stride;
-    char* dst = rows + row * token_stride;
+    const char* src = pool + (inside ? block * block_stride : 0) + segment.offset * slot_stride;
+    char* dst = rows + segment.row * token_stride;
 
     ACCESS_T loaded[UNROLL] = {};
 #pragma unroll
@@ -114,6 +117,8 @@ __device__ __forceinline__ void gather_segment(
     }
 }
 
+__device__ constexpr int slices_of(int row) { return (BLOCK_SIZE * row + 32 * UNROLL - 1) / (32 * UNROLL); }
+
 extern "C" __global__ void __launch_bounds__(128, 8) gather_cache(
     char* key, char* value, const char* k_cache, const char* v_cache,
     long long key_layer, long long key_token, long long key_head, long long key_dim,
@@ -124,15 +129,20 @@ extern "C" __global__ void __launch_bounds__(128, 8) gather_cache(
     const char* seq_lens, long long lens_stride, const char* seq_starts, long long starts_stride,
     long long num_seqs, long long num_rows, long long num_blocks)
 {
+    constexpr int K_SLICES = slices_of(K_HEADS * K_RUNS * K_RUN), V_SLICES = slices_of(V_HEADS * V_RUNS * V_RUN);
+    const long long warp = blockIdx.x * (long long)(blockDim.x / 32) + threadIdx.x / 32;
     const long long layer = blockIdx.z;
-    if (blockIdx.y == 0)
-        gather_segment<K_HEADS, K_RUNS, K_RUN>(
-            key + layer * key_layer, key_token, key_head, key_dim, k_cache + layer * k_layer, k_block, k_slot, k_head,
-            block_tables, table_stride, entry_stride, max_blocks, seq_lens, lens_stride, seq_starts, starts_stride,
-            num_seqs, num_rows, num_blocks);
+    const bool of_k = blockIdx.y == 0;
+    const Segment segment = find_segment(of_k ? warp / K_SLICES : warp / V_SLICES, seq_lens, lens_stride, seq_starts,
+                                         starts_stride, max_blocks, num_seqs, num_rows);
+    if (segment.tokens == 0) return;
+    const long long block = *(const TABLE_T*)(block_tables + segment.seq * table_stride + segment.column * entry_stride);
+    if (of_k)
+        copy_slice<K_HEADS, K_RUNS, K_RUN>(
+            segment, (int)(warp % K_SLICES), block, num_blocks, key + layer * key_layer, key_token, key_head, key_dim,
+            k_cache + layer * k_layer, k_block, k_slot, k_head);
     else
-        gather_segment<V_HEADS, V_RUNS, V_RUN>(
-            value + layer * value_layer, value_token, value_head, value_dim, v_cache + layer * v_layer, v_block, v_slot,
-            v_head, block_tables, table_stride, entry_stride, max_blocks, seq_lens, lens_stride, seq_starts,
-            starts_stride, num_seqs, num_rows, num_blocks);
+        copy_slice<V_HEADS, V_RUNS, V_RUN>(
+            segment, (int)(warp % V_SLICES), block, num_blocks, value + layer * value_layer, value_token, value_head,
+            value_dim, v_cache + layer * v_layer, v_block, v_slot, v_head);
 }
