@@ -24,7 +24,7 @@ _Job: TypeAlias = Callable[[], object]
 _FEW_TOKENS = 2
 _MANY_ITEMS = 500  # NumPy lets go of the interpreter for more items than these
 _LARGE_BYTES = 2**22  # from here on it pays to look for whole blocks
-_SHARED_BYTES = 2**23  # from here on several threads; waking one and waiting for it takes as long as copying 1 to 4 MB
+_SHARED_BYTES = 3 * 2**22  # from here on several threads: waking one and waiting for it is like copying 1 to 4 MB
 _MAX_THREADS = 8
 
 

@@ -31,9 +31,12 @@ IndexArray: TypeAlias = Any
 _INDEX_DTYPES = frozenset((np.dtype(np.int32), np.dtype(np.int64)))
 _FEW = 64  # numbers that Python looks through faster than NumPy
 
+# Names that errors give to arguments.
+_TOKENS = ("key", "value")
+_OUT = ("out[0]", "out[1]")
 _POOLS = ("k_cache", "v_cache")
-_SCATTERED = ("key", "value", *_POOLS)
-_GATHERED = ("out[0]", "out[1]", *_POOLS)
+_SCATTERED = (*_TOKENS, *_POOLS)
+_GATHERED = (*_OUT, *_POOLS)
 
 
 def reshape_and_cache(key: Array, value: Array, k_cache: Array, v_cache: Array, slot_mapping: IndexArray) -> None:
@@ -57,9 +60,8 @@ def reshape_and_cache(key: Array, value: Array, k_cache: Array, v_cache: Array, 
     ``ValueError`` for shapes that do not agree, for two GPUs, and for pools that cannot be written.
     """
     backend = backend_of(_SCATTERED, key, value, k_cache, v_cache)
-    layout = _layout(("key", "value"), key, value, k_cache, v_cache)
-    _check_writeable("k_cache", k_cache)
-    _check_writeable("v_cache", v_cache)
+    layout = _layout(_TOKENS, key, value, k_cache, v_cache)
+    _check_writeable(_POOLS, k_cache, v_cache)
     slots = _indices("slot_mapping", slot_mapping, 1, backend, k_cache)
     num_tokens = layout.num_tokens
     if slots.shape[0] != num_tokens:
@@ -110,9 +112,8 @@ def gather_cache(
         if not (isinstance(out, tuple) and len(out) == 2):
             raise TypeError(f"out must be a tuple (key, value), got {type(out).__name__} {out!r:.40}")
         backend = backend_of(_GATHERED, *out, k_cache, v_cache)
-        layout = _layout(("out[0]", "out[1]"), *out, k_cache, v_cache)
-        _check_writeable("out[0]", out[0])
-        _check_writeable("out[1]", out[1])
+        layout = _layout(_OUT, *out, k_cache, v_cache)
+        _check_writeable(_OUT, *out)
     tables = _indices("block_tables", block_tables, 2, backend, k_cache)
     lens = _indices("seq_lens", seq_lens, 1, backend, k_cache)
     starts = None if seq_starts is None else _indices("seq_starts", seq_starts, 1, backend, k_cache)
@@ -145,7 +146,7 @@ def gather_cache(
             for pool in (k_cache, v_cache)
         )
         out = key, value
-        layout = _layout(("out[0]", "out[1]"), *out, k_cache, v_cache)
+        layout = _layout(_OUT, *out, k_cache, v_cache)
     if num_rows and num_seqs:
         tables, lens = _on_device(tables, backend, k_cache), _on_device(lens, backend, k_cache)
         starts = None if starts is None else _on_device(starts, backend, k_cache)
@@ -190,9 +191,9 @@ def _on_device(array: Array, backend: Backend, pool: Array) -> Array:
     return array if isinstance(array, backend.ndarray) else backend.from_numpy(array, pool.device)
 
 
-def _check_writeable(name: str, array: Array) -> None:
-    if isinstance(array, np.ndarray) and not array.flags.writeable:
-        raise ValueError(f"{name} must be writeable, got a read-only array")
+def _check_writeable(names: tuple[str, str], a: Array, b: Array) -> None:
+    if isinstance(a, np.ndarray) and not (a.flags.writeable and b.flags.writeable):
+        raise ValueError(f"{names[a.flags.writeable]} must be writeable, got a read-only array")
 
 
 def _range(indices: npt.NDArray[Any]) -> tuple[int, int]:
