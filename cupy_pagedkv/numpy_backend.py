@@ -119,8 +119,8 @@ def _write_blocks(tokens: _Array, pool: _Array, blocks: _Array) -> None:
 
 def _read_blocks(tokens: _Array, pool: _Array, blocks: _Array) -> None:
     out = tokens.reshape(-1, *pool.shape[1:])
-    if out.flags.c_contiguous and pool.flags.c_contiguous:
-        pool.take(blocks, 0, out, "clip")  # the only mode that needs no copy of `out`
+    if out.flags.carray and pool.flags.c_contiguous and pool.flags.aligned:  # or `take` copies them whole
+        pool.take(blocks, 0, out, "clip")  # the only mode that writes to `out` itself
     else:
         out[...] = pool[blocks]
 
