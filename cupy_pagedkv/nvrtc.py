@@ -11,6 +11,7 @@ import io
 import re
 import subprocess
 import tempfile
+import threading
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,6 +20,9 @@ __all__ = ["ARCHITECTURES", "CompilerReport", "Resources", "compile_kernel", "re
 
 ARCHITECTURES = (75, 80, 90, 100, 120)
 """One of each generation from Turing on: compute capability 7.5 is the oldest that CUDA 13 compiles for."""
+
+
+_importing = threading.Lock()  # a second thread would find `cuda.core` half imported
 
 
 class Resources(NamedTuple):
@@ -57,7 +61,8 @@ def compile_kernel(code: str, arch: int) -> tuple[bytes, Resources]:
     Raises NVRTC's error, whose text names the lines, where ``code`` is wrong, ``RuntimeError`` without NVRTC.
     """
     try:
-        from cuda.core import Program, ProgramOptions
+        with _importing:
+            from cuda.core import Program, ProgramOptions
     except ImportError as error:
         raise RuntimeError(f"NVRTC is called through cuda.core ({error}); pip install 'cupy_pagedkv[bench]'") from None
     log = io.StringIO()
