@@ -62,7 +62,7 @@ class Device:
         """A host copy of an array that must be where this device's arrays are."""
         assert type(array) is self.xp.ndarray, f"expected an array on {self.name}, got {type(array)}"
         if self.name != "cupy":
-            return array.copy()
+            return array.view(f"V{array.itemsize}").copy().view(array.dtype)  # padding between fields, too
         if not array.flags.c_contiguous:
             array = self.xp.ascontiguousarray(array)
         flat = array.reshape(-1).view(np.uint8)

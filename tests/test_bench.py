@@ -53,14 +53,31 @@ def test_every_contender_does_the_same_and_a_wrong_one_is_found(operation, token
         assert {"copy", "cupy_pagedkv", "indexing"} <= calls.keys()
         for name, of_sets in calls.items():
             assert len(of_sets) == sets
-            if name != "copy":
-                problem.verify(name, of_sets[0], expected)
+            problem.verify(name, of_sets[0], expected)
+        with pytest.raises(SystemExit, match="copy is wrong in"):
+            problem.verify("copy", lambda: None, expected)
         untouched = problem.out[:, 0]
         with pytest.raises(SystemExit, match=f"{operation} 2x6 float16 tokens={tokens}: nothing is wrong in"):
             problem.verify("nothing", lambda untouched=untouched: untouched, expected)
         if sets > 1:
             with pytest.raises(SystemExit, match="another set is wrong in"):
                 problem.verify("another set", calls["cupy_pagedkv"][1], expected)
+
+
+def test_measuring_verifies_first(monkeypatch):
+    case = bench.Case("scatter slots", 2, 6, "float16", 5)
+    assert bench.measure(case, np, 0.01).seconds.keys() >= {"copy", "cupy_pagedkv", "indexing"}
+    monkeypatch.setattr(bench, "indexing_calls", lambda problem, i: lambda: None)
+    with pytest.raises(SystemExit, match="tokens=5: indexing is wrong in"):
+        bench.measure(case, np, 0.01)
+
+
+def test_the_table():
+    """16 tokens of 8 x 128 float16 are 65,536 bytes of K and V, each read and written."""
+    rows = [row("gather", 16, 10e-6, copy=4e-6, indexing=5e-6, torch=20e-6)]
+    header, line = bench.table(rows)
+    assert header.split() == ["operation", "shape", "tokens", "µs", "GB/s", "of", "copy", "x", "indexing", "x", "torch"]
+    assert line.split() == ["gather", "8x128", "float16", "16", "10.0", "13.1", "0.40", "0.50", "2.00"]
 
 
 def row(operation: str, tokens: int, ours: float, **others: float) -> bench.Row:

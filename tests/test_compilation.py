@@ -50,7 +50,12 @@ def test_a_spill_would_show():
     code = f'extern "C" __global__ void __launch_bounds__(1024, 2) f(volatile int* x) {{ int a[64]; {loops} }}'
     _, resources = compile_kernel(code, 80)
     assert resources.stack
-    assert resources.spills
+    assert resources.spills > 64  # stores and loads
+
+
+def test_signed_bytes_are_bytes():
+    report = report_on('extern "C" __global__ void f(int* a, signed char* b) { a[threadIdx.x] = b[threadIdx.x]; }', 90)
+    assert (report.loads, report.stores) == ({8: 1}, {32: 1})
 
 
 def test_nvrtc_names_the_line_in_the_cu_file():

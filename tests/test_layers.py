@@ -75,6 +75,31 @@ def test_gather_all(device, rng, starts, order):
     assert bytes_of(device, cache) == before
 
 
+@pytest.mark.parametrize("v_dim", [5, 3])
+def test_k_and_v_whose_layers_lie_differently(device, rng, v_dim):
+    """K layer by layer, V with the layers inside and of another head_dim: each has strides of its own."""
+    k_host = oracle.random_array(rng, (3, 6, 4, 2, 5), np.float16)
+    v_host = oracle.random_array(rng, (6, 3, 4, 2, v_dim), np.float16).swapaxes(0, 1)
+    k_cache, v_cache = device.array(k_host), device.array(v_host.swapaxes(0, 1)).swapaxes(0, 1)
+    keys = oracle.random_array(rng, (6, 3, 2, 5), np.float16).swapaxes(0, 1)
+    values = oracle.random_array(rng, (3, 6, 2, v_dim), np.float16)
+    on_device = device.array(keys.swapaxes(0, 1)).swapaxes(0, 1)
+    reshape_and_cache(on_device, device.array(values), k_cache, v_cache, SLOTS)
+    for layer in range(3):
+        oracle.scatter(keys[layer], k_host[layer], SLOTS)
+        oracle.scatter(values[layer], v_host[layer], SLOTS)
+    assert device.numpy(k_cache).tobytes() == k_host.tobytes()
+    assert device.numpy(v_cache).tobytes() == v_host.tobytes()
+
+    out_k = device.array(np.zeros((16, 3, 2, 5), np.float16)).swapaxes(0, 1)
+    out_v = device.array(np.zeros((3, 16, 2, v_dim), np.float16))
+    gather_cache(k_cache, v_cache, TABLES, LENS, seq_starts=STARTS, out=(out_k, out_v))
+    for layer in range(3):
+        for out, pool in ((out_k, k_host), (out_v, v_host)):
+            expected = oracle.gather(pool[layer], TABLES, LENS, STARTS)
+            assert device.numpy(out[layer]).tobytes() == expected.tobytes()
+
+
 def test_one_launch_for_all_layers(rng, monkeypatch):
     launches = []
     call = emulator.RawKernel.__call__

@@ -146,6 +146,34 @@ def test_pools_need_a_contiguous_last_axis(scene):
         refused(call, arguments, ValueError, "the last axis of k_cache must be contiguous", k_cache=pool)
 
 
+def test_many_indices_are_checked_as_few_are(debug, rng):
+    """More than are looked through one by one."""
+    size, views = oracle.pools("NHD", 40, 8, 2, 4, np.float16)
+    before = oracle.random_bytes(rng, size)
+    buffer = debug.array(before)
+    pools = views(buffer)
+    key = debug.array(oracle.random_array(rng, (100, 2, 4), np.float16))
+    slots = rng.permutation(320)[:100]
+    slots[77] = 320
+    with pytest.raises(IndexError, match=r"slot_mapping\[77\] is 320"):
+        reshape_and_cache(key, key, *pools, slots)
+    assert np.array_equal(debug.numpy(buffer), before)
+    tables = rng.integers(0, 40, (100, 2), np.int32)
+    out = debug.array(np.zeros((2, 1600, 2, 4), np.float16))
+    lens = np.full(100, 16, np.int32)
+    for entry in (-1, 40):
+        wrong = tables.copy()
+        wrong[70, 1] = entry
+        with pytest.raises(IndexError, match=rf"block_tables\[70, 1\] is {entry}"):
+            gather_cache(*pools, wrong, lens, out=(out[0], out[1]))
+    for length in (-1, 17):
+        wrong = lens.copy()
+        wrong[70] = length
+        with pytest.raises(ValueError, match=f"sequence 70 has seq_starts 0 and seq_lens {length}"):
+            gather_cache(*pools, tables, wrong, out=(out[0], out[1]))
+    assert not debug.numpy(out).any()
+
+
 def test_lengths_are_checked_before_anything_is_written(scene):
     _, _, gather = scene
     message = r"0 <= seq_starts <= seq_lens <= 16 must hold.* sequence 1 has seq_starts {} and seq_lens {}"

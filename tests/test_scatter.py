@@ -184,18 +184,22 @@ def test_every_dtype_bit_for_bit(device, rng, dtype):
         check(device, rng, key, value, slots, *oracle.pools(layout, 8, 8, 3, 5, dtype))
 
 
+PADDED = np.dtype({"names": ["a", "b"], "formats": ["u1", "u4"], "offsets": [0, 4], "itemsize": 8})
+
+
 def test_padding_between_fields_is_copied_too(device, rng):
-    dtype = np.dtype({"names": ["a", "b"], "formats": ["u1", "u4"], "offsets": [0, 4], "itemsize": 8})
-    device.skip_unless_it_has(dtype)
-    key, value = oracle.random_array(rng, (2, 7, 3, 5), dtype)
+    device.skip_unless_it_has(PADDED)
+    key, value = oracle.random_array(rng, (2, 7, 3, 5), PADDED)
     slots = rng.permutation(64)[:7]
     slots[3] = -1
-    check(device, rng, key, value, slots, *oracle.pools("HND", 8, 8, 3, 5, dtype))
+    check(device, rng, key, value, slots, *oracle.pools("HND", 8, 8, 3, 5, PADDED))
 
 
-def test_k_and_v_of_different_dtypes(device, rng):
+@pytest.mark.parametrize("v_dtype", [np.dtype(np.float32), PADDED], ids=["float32", "padded"])
+def test_k_and_v_of_different_dtypes(device, rng, v_dtype):
+    device.skip_unless_it_has(v_dtype)
     key = oracle.random_array(rng, (5, 2, 3), ml_dtypes.float8_e4m3fn)
-    value = oracle.random_array(rng, (5, 2, 3), np.float32)
+    value = oracle.random_array(rng, (5, 2, 3), v_dtype)
     expected = [oracle.random_array(rng, (4, 4, 2, 3), tokens.dtype) for tokens in (key, value)]
     pools = [device.array(pool) for pool in expected]
     reshape_and_cache(device.array(key), device.array(value), *pools, [3, 15, -1, 0, 8])
