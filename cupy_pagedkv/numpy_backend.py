@@ -10,6 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -56,13 +57,19 @@ def _run(jobs: list[_Job], num_bytes: int) -> None:
             job()
 
     executor, count = _helpers()
-    helpers = [executor.submit(work) for _ in range(min(count, len(jobs) - 1))]
+    helpers = []
     try:
+        with suppress(RuntimeError):  # a process that is ending starts no threads, and then this one does it all
+            for _ in range(min(count, len(jobs) - 1)):
+                helpers.append(executor.submit(work))
         work()
     finally:
         waiting.clear()
         started = [helper for helper in helpers if not helper.cancel()]
-        wait(started)
+        try:
+            wait(started)
+        finally:
+            wait(started)  # after a Ctrl-C, too, nothing may be written any more
     for helper in started:
         helper.result()
 

@@ -132,6 +132,44 @@ def test_an_error_is_raised_once_nothing_runs_any_more():
         assert not running
 
 
+def test_an_interrupt_leaves_nobody_writing():
+    """Ctrl-C while the main thread waits for its helpers."""
+    program = """
+import os, signal, threading, time
+import cupy_pagedkv.numpy_backend as numpy_backend
+os.sched_getaffinity = lambda pid: range(3)
+begun, ended = threading.Barrier(3), []
+def job():
+    begun.wait()
+    if threading.current_thread() is not threading.main_thread():
+        time.sleep(1)
+        ended.append(1)
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    numpy_backend._run([job] * 3, 10**9)
+except KeyboardInterrupt:
+    print("interrupted, with", len(ended), "helpers at their end")
+"""
+    run = subprocess.run([sys.executable, "-c", program], check=True, timeout=60, capture_output=True, text=True)
+    assert run.stdout == "interrupted, with 2 helpers at their end\n"
+
+
+def test_a_process_that_is_ending_does_without_helpers():
+    program = """
+import threading, time
+import numpy as np
+from cupy_pagedkv import reshape_and_cache
+def late():
+    threading.main_thread().join()
+    pools, key = np.zeros((2, 1024, 16, 8, 128), np.float16), np.ones((16384, 8, 128), np.float16)
+    reshape_and_cache(key, key, *pools, np.arange(16384))
+    print(pools.all())
+threading.Thread(target=late).start()
+"""
+    run = subprocess.run([sys.executable, "-c", program], check=True, timeout=60, capture_output=True, text=True)
+    assert run.stdout == "True\n"
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_child_has_helpers_of_its_own():
     """Threads do not survive a fork; a pool of them that the child believes in would never answer."""
