@@ -22,7 +22,7 @@ Data flows one way: ``cache`` → ``ops`` (all checks) → ``backend`` (the choi
 
 from .blocks import BlockAllocator, BlockAllocatorStats, BlockTable, OutOfBlocksError
 from .cache import LayeredPagedKVCache, PagedKVCache
-from .ops import gather_cache, reshape_and_cache
+from .ops import copy_blocks, gather_cache, reshape_and_cache
 
 __all__ = [
     "BlockAllocator",
@@ -31,6 +31,7 @@ __all__ = [
     "LayeredPagedKVCache",
     "OutOfBlocksError",
     "PagedKVCache",
+    "copy_blocks",
     "gather_cache",
     "reshape_and_cache",
 ]

@@ -9,8 +9,8 @@ import numpy.typing as npt
 from .backend import backend_of, backend_on
 from .blocks import BlockAllocator, BlockTable, at_least, block_ids
 from .dtypes import as_dtype
-from .layout import check_pools
-from .ops import Array, IndexArray, gather_cache, reshape_and_cache
+from .layout import pools_of
+from .ops import Array, IndexArray, copy_blocks, gather_cache, reshape_and_cache
 
 __all__ = ["LayeredPagedKVCache", "PagedKVCache"]
 
@@ -71,7 +71,7 @@ class PagedKVCache:
         8
         """
         backend_of(("k_cache", "v_cache"), k_cache, v_cache)
-        check_pools(k_cache.shape, k_cache.strides, k_cache.dtype, v_cache.shape, v_cache.strides, v_cache.dtype)
+        pools_of(k_cache.shape, k_cache.strides, k_cache.dtype, v_cache.shape, v_cache.strides, v_cache.dtype)
         if k_cache.ndim != 4:
             raise ValueError(f"pools of one layer have 4 axes, got k_cache of {k_cache.ndim}; take one layer of them")
         cache = cls.__new__(cls)
@@ -143,6 +143,10 @@ class PagedKVCache:
     ) -> tuple[Array, Array]:
         """Copy sequences out, packed: :func:`~cupy_pagedkv.gather_cache` on these pools."""
         return gather_cache(self._k_cache, self._v_cache, block_tables, seq_lens, seq_starts=seq_starts, out=out)
+
+    def copy_blocks(self, src: IndexArray, dst: IndexArray) -> None:
+        """Copy whole blocks onto others: :func:`~cupy_pagedkv.copy_blocks` on these pools."""
+        copy_blocks(self._k_cache, self._v_cache, src, dst)
 
 
 class LayeredPagedKVCache:
@@ -234,6 +238,10 @@ class LayeredPagedKVCache:
         True
         """
         return gather_cache(self._k_caches, self._v_caches, block_tables, seq_lens, seq_starts=seq_starts, out=out)
+
+    def copy_blocks(self, src: IndexArray, dst: IndexArray) -> None:
+        """Copy whole blocks onto others, in every layer and in one launch: :func:`~cupy_pagedkv.copy_blocks`."""
+        copy_blocks(self._k_caches, self._v_caches, src, dst)
 
     @property
     def num_layers(self) -> int:

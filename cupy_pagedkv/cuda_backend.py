@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .layout import Form, Layout
+from .layout import Form, Layout, Pools
 
 __all__ = ["CudaBackend", "source_of"]
 
@@ -24,7 +24,11 @@ _UNROLL = 8  # accesses of one thread, all loaded before the first is stored
 _MAX_BLOCK_BYTES = 2**30  # offsets inside a block are 32-bit in the kernels
 _MAX_WARPS = 4  # of a thread block: the kernels' __launch_bounds__
 
-_INDICES = {"reshape_and_cache": ("SLOT_T",), "gather_cache": ("TABLE_T", "LENS_T", "STARTS_T")}
+_INDICES = {
+    "reshape_and_cache": ("SLOT_T",),
+    "gather_cache": ("TABLE_T", "LENS_T", "STARTS_T"),
+    "copy_blocks": ("SRC_T", "DST_T"),
+}
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
 _Defines = tuple[tuple[str, str | int], ...]
@@ -62,13 +66,38 @@ def _alignment(tokens: Form, pool: Form, runs: tuple[int, int, int]) -> int:
     return math.gcd(16, run, *(s for s, n in zip(strides, lengths, strict=True) if n > 1))
 
 
+def _block_runs(pool: Form) -> tuple[tuple[int, int, int], tuple[int, int]]:
+    """A block as (outer, inner, bytes of a run) and the strides of the first two: its slots and heads, merged where
+    they follow each other in memory."""
+    run = pool.shape[4] * pool.dtype.itemsize
+    axes = [(stride, n) for stride, n in zip(pool.strides[2:4], pool.shape[2:4], strict=True) if n > 1]
+    runs: list[tuple[int, int]] = []
+    for stride, n in sorted(axes, key=lambda axis: abs(axis[0])):
+        if not runs and stride == run:
+            run *= n
+        else:
+            runs.append((stride, n))
+    (inner_stride, inner), (outer_stride, outer) = [*runs, (0, 1), (0, 1)][:2]
+    return (outer, inner, run), (outer_stride, inner_stride)
+
+
+def _check_block_bytes(pools: Pools) -> None:
+    for pool in (pools.k_cache, pools.v_cache):
+        row = pool.shape[3] * pool.shape[4] * pool.dtype.itemsize
+        if pools.block_size * row > _MAX_BLOCK_BYTES:
+            raise ValueError(
+                f"a block of K or V must have at most {_MAX_BLOCK_BYTES} bytes here, got block_size {pools.block_size} "
+                f"and rows of {row} bytes; use a smaller block_size"
+            )
+
+
 class _Plan(NamedTuple):
     """All of a launch but the sizes and addresses of its arrays."""
 
     kernel: Any
     strides: tuple[int, ...]
     row: int
-    """Accesses in the longer row, of K or of V."""
+    """Accesses in the longer row, of K or of V; in the longer block, where blocks are copied."""
 
 
 class CudaBackend:
@@ -86,6 +115,7 @@ class CudaBackend:
         self.ndarray: type = xp.ndarray
         self._kernel = functools.cache(self._build_kernel)
         self._plan = functools.lru_cache(4096)(self._make_plan)
+        self._copy_plan = functools.lru_cache(4096)(self._make_copy_plan)
         self._processors = functools.cache(self._count_processors)
 
     def _build_kernel(self, name: str, defines: _Defines) -> Any:
@@ -177,11 +207,18 @@ class CudaBackend:
         arguments = (*arrays, *plan.strides, *indices, num_rows, layout.num_blocks)
         self._launch(plan.kernel, key, segments, layout.block_size * plan.row, layout.num_layers, arguments)
 
+    def copy_blocks(self, k_cache: Any, v_cache: Any, src: Any, dst: Any, pools: Pools) -> None:
+        arrays = (k_cache, v_cache)
+        plan = self._copy_plan(pools, self._misalignment(arrays), src.itemsize, dst.itemsize)
+        arguments = (*arrays, src, dst, *plan.strides, *src.strides, *dst.strides, len(src), pools.num_blocks)
+        self._launch(plan.kernel, k_cache, len(src), plan.row, pools.num_layers, arguments)
+
     def _misalignment(self, arrays: tuple[Any, ...]) -> int:
         """The last four bits of all addresses together: a power of two divides them all if it divides this."""
-        key, value, k_cache, v_cache = arrays
-        address = self._address
-        return (address(key) | address(value) | address(k_cache) | address(v_cache)) % 16
+        bits = 0
+        for array in arrays:
+            bits |= self._address(array)
+        return bits % 16
 
     def _make_plan(self, name: str, layout: Layout, misalignment: int, *index_sizes: int) -> _Plan:
         key, value, k_cache, v_cache = layout.key, layout.value, layout.k_cache, layout.v_cache
@@ -189,17 +226,26 @@ class CudaBackend:
         access = math.gcd(_alignment(key, k_cache, k_runs), _alignment(value, v_cache, v_runs), misalignment)
         block_size = layout.block_size
         row = max(math.prod(k_runs), math.prod(v_runs)) // access
-        if block_size * row * access > _MAX_BLOCK_BYTES:
-            raise ValueError(
-                f"a block of K or V must have at most {_MAX_BLOCK_BYTES} bytes here, got block_size {block_size} "
-                f"and rows of {row * access} bytes; use a smaller block_size"
-            )
+        _check_block_bytes(layout)
         defines: _Defines = (("ACCESS_T", _ACCESS_TYPES[access]), ("UNROLL", _UNROLL), ("BLOCK_SIZE", block_size))
         for letter, (heads, runs_of_head, run) in (("K", k_runs), ("V", v_runs)):
             defines += ((f"{letter}_HEADS", heads), (f"{letter}_RUNS", runs_of_head), (f"{letter}_RUN", run // access))
         defines += tuple(zip(_INDICES[name], map(_INDEX_TYPES.__getitem__, index_sizes), strict=True))
         strides = (*key.strides, *value.strides, *k_cache.strides[:4], *v_cache.strides[:4])
         return _Plan(self._kernel(name, defines), strides, row)
+
+    def _make_copy_plan(self, pools: Pools, misalignment: int, *index_sizes: int) -> _Plan:
+        _check_block_bytes(pools)
+        both = (pools.k_cache, pools.v_cache)
+        (k_runs, k_strides), (v_runs, v_strides) = map(_block_runs, both)
+        reached = [s for pool in both for s, n in zip(pool.strides[:2], pool.shape[:2], strict=True) if n > 1]
+        access = math.gcd(16, misalignment, k_runs[2], v_runs[2], *k_strides, *v_strides, *reached)
+        defines: _Defines = (("ACCESS_T", _ACCESS_TYPES[access]), ("UNROLL", _UNROLL))
+        for letter, (outer, inner, run) in (("K", k_runs), ("V", v_runs)):
+            defines += ((f"{letter}_OUTER", outer), (f"{letter}_INNER", inner), (f"{letter}_RUN", run // access))
+        defines += tuple(zip(_INDICES["copy_blocks"], map(_INDEX_TYPES.__getitem__, index_sizes), strict=True))
+        strides = (*pools.k_cache.strides[:2], *k_strides, *pools.v_cache.strides[:2], *v_strides)
+        return _Plan(self._kernel("copy_blocks", defines), strides, max(math.prod(k_runs), math.prod(v_runs)) // access)
 
     def _launch(
         self, kernel: Any, key: Any, units: int, accesses: int, num_layers: int, arguments: tuple[Any, ...]

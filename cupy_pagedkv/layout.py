@@ -12,7 +12,7 @@ import numpy as np
 
 from .dtypes import as_dtype
 
-__all__ = ["Form", "Layout", "check_pools", "layout_of"]
+__all__ = ["Form", "Layout", "Pools", "layout_of", "pools_of"]
 
 _Ints = tuple[int, ...]
 _REMEMBERED = 4096
@@ -27,17 +27,23 @@ class Form(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
-    """Tokens and pools that belong together, each with an axis of layers, be it of length 1."""
+class Pools:
+    """Pools of K and V that belong together, each with an axis of layers, be it of length 1."""
 
-    key: Form
-    value: Form
     k_cache: Form
     v_cache: Form
     num_layers: int
-    num_tokens: int
     num_blocks: int
     block_size: int
+
+
+@dataclass(frozen=True, eq=False)
+class Layout(Pools):
+    """Tokens, and pools that they go to or come from; these have an axis of layers, too."""
+
+    key: Form
+    value: Form
+    num_tokens: int
     token_bytes: int
     """Of K and V together, in one layer."""
     plain: bool
@@ -65,7 +71,7 @@ def layout_of(
 
     Raises ``ValueError`` for shapes that do not agree and ``TypeError`` for dtypes that do not.
     """
-    check_pools(k_shape, k_strides, k_dtype, v_shape, v_strides, v_dtype)
+    pools = pools_of(k_shape, k_strides, k_dtype, v_shape, v_strides, v_dtype)
     _check_tokens(names[0], key_shape, key_dtype, "k_cache", k_shape, k_dtype)
     _check_tokens(names[1], value_shape, value_dtype, "v_cache", v_shape, v_dtype)
     key = _with_layers(3, key_shape, key_strides, key_dtype)
@@ -74,24 +80,21 @@ def layout_of(
         raise ValueError(
             f"{names[0]} and {names[1]} must have as many tokens as each other, got {key.shape[1]} and {value.shape[1]}"
         )
-    k_cache = _with_layers(4, k_shape, k_strides, k_dtype)
-    v_cache = _with_layers(4, v_shape, v_strides, v_dtype)
-    num_layers, num_blocks, block_size = k_cache.shape[:3]
-    token_bytes = sum(pool.shape[3] * pool.shape[4] * pool.dtype.itemsize for pool in (k_cache, v_cache))
+    token_bytes = sum(pool.shape[3] * pool.shape[4] * pool.dtype.itemsize for pool in (pools.k_cache, pools.v_cache))
     plain = len(k_shape) == 4 and k_dtype.fields is None and v_dtype.fields is None
-    return Layout(key, value, k_cache, v_cache, num_layers, key.shape[1], num_blocks, block_size, token_bytes, plain)
+    return Layout(**vars(pools), key=key, value=value, num_tokens=key.shape[1], token_bytes=token_bytes, plain=plain)
 
 
 @functools.lru_cache(_REMEMBERED)
-def check_pools(
+def pools_of(
     k_shape: _Ints,
     k_strides: _Ints,
     k_dtype: np.dtype[Any],
     v_shape: _Ints,
     v_strides: _Ints,
     v_dtype: np.dtype[Any],
-) -> None:
-    """Raise ``ValueError`` or ``TypeError`` unless these are pools that belong together."""
+) -> Pools:
+    """The pools of a call. Raises ``ValueError`` or ``TypeError`` unless they belong together."""
     for name, shape, strides, dtype in (
         ("k_cache", k_shape, k_strides, k_dtype),
         ("v_cache", v_shape, v_strides, v_dtype),
@@ -109,6 +112,9 @@ def check_pools(
             )
     if k_shape[:-1] != v_shape[:-1]:
         raise ValueError(f"k_cache and v_cache must agree in all axes but head_dim, got {k_shape} and {v_shape}")
+    k_cache = _with_layers(4, k_shape, k_strides, k_dtype)
+    v_cache = _with_layers(4, v_shape, v_strides, v_dtype)
+    return Pools(k_cache, v_cache, *k_cache.shape[:3])
 
 
 def _check_tokens(

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from .layout import Layout
+from .layout import Layout, Pools
 
 __all__ = ["HostArrays", "NumpyBackend"]
 
@@ -236,3 +236,8 @@ class NumpyBackend(HostArrays):
                 row += count
                 start += count
         _run(jobs, num_rows * layout.token_bytes * layout.num_layers)
+
+    def copy_blocks(self, k_cache: _Array, v_cache: _Array, src: _Array, dst: _Array, pools: Pools) -> None:
+        for cache in (k_cache, v_cache):
+            blocks = cache.view(f"V{cache.itemsize}")  # or NumPy loses what lies between the fields of structures
+            blocks[..., dst, :, :, :] = blocks[..., src, :, :, :]

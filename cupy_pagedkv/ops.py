@@ -1,4 +1,4 @@
-"""Scatter and gather between packed tokens and paged pools, on NumPy and CuPy arrays alike.
+"""Scatter and gather between packed tokens and paged pools, and copies of blocks, on NumPy and CuPy arrays alike.
 
 >>> import numpy as np
 >>> k_cache, v_cache = np.zeros((2, 4, 8, 1, 2), np.float32)
@@ -18,9 +18,9 @@ import numpy.typing as npt
 
 from . import backend as devices
 from .backend import Backend, backend_of
-from .layout import Layout, check_pools, layout_of
+from .layout import Layout, layout_of, pools_of
 
-__all__ = ["gather_cache", "reshape_and_cache"]
+__all__ = ["copy_blocks", "gather_cache", "reshape_and_cache"]
 
 Array: TypeAlias = Any
 """A NumPy or CuPy array."""
@@ -107,7 +107,7 @@ def gather_cache(
     """
     if out is None:
         backend = backend_of(_POOLS, k_cache, v_cache)
-        check_pools(k_cache.shape, k_cache.strides, k_cache.dtype, v_cache.shape, v_cache.strides, v_cache.dtype)
+        pools_of(k_cache.shape, k_cache.strides, k_cache.dtype, v_cache.shape, v_cache.strides, v_cache.dtype)
     else:
         if not (isinstance(out, tuple) and len(out) == 2):
             raise TypeError(f"out must be a tuple (key, value), got {type(out).__name__} {out!r:.40}")
@@ -152,6 +152,41 @@ def gather_cache(
         starts = None if starts is None else _on_device(starts, backend, k_cache)
         backend.gather_cache(*out, k_cache, v_cache, tables, lens, starts, num_rows, layout)
     return out
+
+
+def copy_blocks(k_cache: Array, v_cache: Array, src: IndexArray, dst: IndexArray) -> None:
+    """Copy K and V of whole blocks onto other blocks of the same pools, in place.
+
+    >>> import numpy as np
+    >>> k_cache, v_cache = pools = np.arange(2 * 3 * 2, dtype=np.float32).reshape(2, 3, 2, 1, 1)
+    >>> copy_blocks(k_cache, v_cache, src=[2], dst=[0])
+    >>> pools[..., 0, 0].tolist()
+    [[[4.0, 5.0], [2.0, 3.0], [4.0, 5.0]], [[10.0, 11.0], [8.0, 9.0], [10.0, 11.0]]]
+
+    k_cache, v_cache
+        The pools, as in :func:`reshape_and_cache`; with an axis of layers, a block is copied in all of them.
+    src, dst
+        ``[num_pairs]``, ids of blocks: ``src[i]`` is copied onto ``dst[i]``. What a block holds that is ``dst`` of two
+        pairs, or ``dst`` of one and ``src`` of another, is undefined.
+
+    On a GPU the work is queued on CuPy's current stream, and a pair with a block that is not in the pool is skipped. On
+    NumPy such a block is an ``IndexError``, raised before anything is written. ``CUPY_PAGEDKV_DEBUG=1`` brings that
+    check to the GPU, and a ``ValueError`` for a ``dst`` that comes twice or is a ``src`` to both.
+
+    Raises ``TypeError`` and ``ValueError`` as :func:`reshape_and_cache` does.
+    """
+    backend = backend_of(_POOLS, k_cache, v_cache)
+    pools = pools_of(k_cache.shape, k_cache.strides, k_cache.dtype, v_cache.shape, v_cache.strides, v_cache.dtype)
+    _check_writeable(_POOLS, k_cache, v_cache)
+    sources, targets = _indices("src", src, 1, backend, k_cache), _indices("dst", dst, 1, backend, k_cache)
+    if len(sources) != len(targets):
+        raise ValueError(f"src and dst must have one block for each other, got {len(sources)} and {len(targets)}")
+    if not len(sources):
+        return
+    if backend.checks_indices or devices.DEBUG:
+        _check_pairs(_asnumpy(sources, backend), _asnumpy(targets, backend), pools.num_blocks)
+    sources, targets = _on_device(sources, backend, k_cache), _on_device(targets, backend, k_cache)
+    backend.copy_blocks(k_cache, v_cache, sources, targets, pools)
 
 
 def _layout(names: tuple[str, str], key: Array, value: Array, k_cache: Array, v_cache: Array) -> Layout:
@@ -255,3 +290,18 @@ def _check_blocks(
             f"block_tables[{i}, {column}] is {tables[i, column]}, but the pool has blocks 0 to {num_blocks - 1}; "
             f"sequence {i} needs it for positions {starts[i]} to {lens[i] - 1}"
         )
+
+
+def _check_pairs(src: npt.NDArray[Any], dst: npt.NDArray[Any], num_blocks: int) -> None:
+    for name, blocks in (("src", src), ("dst", dst)):
+        least, greatest = _range(blocks)
+        if least < 0 or greatest >= num_blocks:
+            i = int(np.argmax((blocks < 0) | (blocks >= num_blocks)))
+            raise IndexError(f"{name}[{i}] is {blocks[i]}, but the pool has blocks 0 to {num_blocks - 1}")
+    if devices.DEBUG:
+        distinct, counts = np.unique(dst, return_counts=True)
+        if (counts > 1).any():
+            raise ValueError(f"block {distinct[np.argmax(counts > 1)]} comes more than once in dst")
+        both = np.intersect1d(src[src != dst], dst)
+        if both.size:
+            raise ValueError(f"block {both[0]} is in src and in dst; make it two calls")

@@ -31,6 +31,7 @@ def sources() -> list[str]:
             key, value = (np.zeros((3, heads, d), ml_dtypes.bfloat16) for d in (dim, v_dim))
             cache.update(key, value, [0, 1, 2])
             cache.gather([[0]], [3])
+            cache.copy_blocks([0], [1])
     assert {name for name, _ in conftest.specialisations} == KERNELS
     return sorted(source_of(name, defines) for name, defines in conftest.specialisations)
 
