@@ -34,7 +34,7 @@ sys.path.append(str(ROOT / "tests"))
 import oracle  # noqa: E402
 
 import cupy_pagedkv.backend as backend  # noqa: E402
-from cupy_pagedkv import PagedKVCache, gather_cache, nvrtc, reshape_and_cache  # noqa: E402
+from cupy_pagedkv import PagedKVCache, copy_blocks, gather_cache, nvrtc, reshape_and_cache  # noqa: E402
 from cupy_pagedkv.cuda_backend import CudaBackend, source_of  # noqa: E402
 from cupy_pagedkv.emulator import EmulatedBackend  # noqa: E402
 
@@ -57,7 +57,7 @@ OPERATIONS = {
     "scatter slots": "reshape_and_cache",  # slots lie anywhere
     "gather": "gather_cache",
 }
-KERNELS = tuple(sorted(set(OPERATIONS.values())))
+KERNELS = tuple(sorted(path.stem for path in (ROOT / "kernels").glob("*.cu")))
 OURS, FLOOR = "cupy_pagedkv", "copy"
 
 Call = Callable[[], Any]
@@ -532,6 +532,7 @@ def specialisations(kernel: str, shapes: Iterable[tuple[int, int, str]]) -> dict
             tokens = np.zeros((1, heads, dim), dtype)
             cache.update(tokens, tokens, np.array([0]))
             cache.gather(np.array([[0]], np.int32), np.array([1], np.int32))
+            cache.copy_blocks(np.array([0]), np.array([1]))
         found[f"{heads}x{dim} {dtype}"] = dict(recording.recorded)[kernel]
     return found
 
@@ -573,6 +574,14 @@ def check_kernel(kernel: str, xp: Any) -> str | None:
             reshape_and_cache(on_device[:, 1], on_device[:, 2], *views(buffer), xp.asarray(slots))
             for tokens, pool in zip((qkv[:, 1], qkv[:, 2]), views(host), strict=True):
                 oracle.scatter(tokens, pool, np.where(slots < 12 * 8, slots, -1))
+            got, expected = buffer, host
+        elif kernel == "copy_blocks":
+            blocks = rng.permutation(12)
+            src, dst = [*blocks[:4], 12, -1], [*blocks[4:10]]  # the last two are not in the pool
+            copy_blocks(*views(buffer), xp.asarray(src), xp.asarray(dst))
+            for pool in map(oracle.opaque, views(host)):
+                for source, target in zip(src[:4], dst[:4], strict=True):
+                    pool[target] = pool[source]
             got, expected = buffer, host
         else:
             tables, lengths = rng.permutation(12).reshape(3, 4).astype(np.int32), np.array([29, 0, 17], np.int32)
@@ -735,6 +744,8 @@ def main() -> int:
     ]
     cases = [case for case in cases if all(text in case.label for text in options.only)]
     if not cases:
+        if options.kernel is not None and options.kernel not in OPERATIONS.values():
+            parser.error(f"{options.kernel} is not timed; --watch and --kernels take it")
         parser.error(f"no row has all of {options.only} in its name, such as {Case('gather', *SHAPES[0], 512).label!r}")
     facts = machine(place.name, xp)
     print(", ".join(f"{name} {fact}" for name, fact in facts.items()))

@@ -3,6 +3,7 @@
 import json
 import os
 import queue
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 import bench
+from cupy_pagedkv.emulator import RawKernel
 
 ROOT = Path(bench.__file__).parent
 
@@ -231,4 +233,28 @@ def test_watch_needs_a_kernel():
     command = [sys.executable, str(ROOT / "bench.py"), "--watch"]
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
-    assert "--watch needs the kernel: gather_cache or reshape_and_cache" in refused.stderr
+    assert "--watch needs the kernel: copy_blocks or gather_cache or reshape_and_cache" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("kernel", "good", "bad"),
+    [
+        ("gather_cache", "segment.offset * slot_stride", "0 * slot_stride"),
+        ("copy_blocks", "pool + to * block_stride", "pool + from * block_stride"),
+        ("reshape_and_cache", "slot % BLOCK_SIZE * slot_stride", "0 * slot_stride"),
+    ],
+)
+def test_the_check_of_each_kernel(monkeypatch, kernel, good, bad):
+    """What --watch asks for a verdict."""
+
+    class Edited(bench.EmulatedBackend):
+        def _build_kernel(self, name, defines):
+            source = bench.source_of(name, defines)
+            assert good in source
+            return RawKernel(source.replace(good, bad), name)
+
+    with bench.emulated_by(bench.EmulatedBackend()):
+        assert bench.check_kernel(kernel, np) is None
+    with bench.emulated_by(Edited()):
+        wrong = bench.check_kernel(kernel, np)
+    assert re.match(r"8x128 float16 NHD: \d+ of \d+ bytes differ, the first at \d+", wrong)
