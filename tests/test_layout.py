@@ -90,3 +90,59 @@ def test_read_only_is_no_part_of_a_layout(device, rng):
     for pair, name in (((locked[0], out[1]), r"out\[0\]"), ((out[0], locked[1]), r"out\[1\]")):
         with pytest.raises(ValueError, match=f"{name} must be writeable"):
             gather_cache(pool[0], pool[1], [[0]], [1], out=pair)
+
+
+@pytest.fixture
+def defined(monkeypatch):
+    """Scatters, and returns what the kernel is specialised on."""
+    made = []
+
+    class Recording(EmulatedBackend):
+        def _build_kernel(self, name, defines):
+            made.append(dict(defines))
+            return lambda grid, block, arguments: None
+
+    monkeypatch.setattr(backend, "EMULATE", True)
+
+    def defines_of(tokens, pool):
+        monkeypatch.setattr(backend, "_emulated", lambda: instance)
+        instance = Recording()
+        reshape_and_cache(tokens, tokens, pool, pool, [0])
+        return made.pop()
+
+    return defines_of
+
+
+def test_the_common_row_is_one_run_of_the_widest_access(defined):
+    for heads, dim, run in ((8, 128, 128), (1, 576, 72), (8, 46, 46)):
+        defines = defined(np.zeros((1, heads, dim), np.float16), np.zeros((4, 16, heads, dim), np.float16))
+        assert (defines["ACCESS_T"], defines["K_HEADS"], defines["K_RUNS"], defines["K_RUN"]) == ("uint4", 1, 1, run)
+    hnd = np.zeros((4, 8, 16, 46), np.float16).transpose(0, 2, 1, 3)
+    defines = defined(np.zeros((1, 8, 46), np.float16), hnd)
+    assert (defines["ACCESS_T"], defines["K_HEADS"], defines["K_RUNS"], defines["K_RUN"]) == ("unsigned int", 8, 1, 23)
+
+
+def test_every_stride_that_is_walked_limits_the_access_and_no_other(defined):
+    """Rows of 64 bytes at aligned addresses; one stride at a time is moved off 16."""
+    as_strided = np.lib.stride_tricks.as_strided
+    memory = np.zeros(4096, np.uint64).view(np.uint8)
+    pool_shape = (2, 3, 4, 2, 32)
+    token_strides, pool_strides = (192, 64, 32, 1), (768, 256, 64, 32, 1)
+
+    def access(token_strides, pool_strides, token_shape, pool_shape=pool_shape):
+        tokens = as_strided(memory[: memory.size // 2], token_shape, token_strides)
+        pool = as_strided(memory[memory.size // 2 :], pool_shape, pool_strides)
+        return defined(tokens, pool)["ACCESS_T"]
+
+    def moved(strides, axis):
+        return tuple(s + 8 * (i == axis) for i, s in enumerate(strides))
+
+    one = (2, 1, 2, 32)  # `defined` scatters one token: the stride between tokens is not walked
+    assert access(token_strides, pool_strides, one) == "uint4"
+    for axis, expected in enumerate(["uint2", "uint4", "uint2"]):
+        assert access(moved(token_strides, axis), pool_strides, one) == expected, f"tokens, axis {axis}"
+    for axis in range(4):
+        assert access(token_strides, moved(pool_strides, axis), one) == "uint2", f"pool, axis {axis}"
+        single = tuple(1 if i == axis else n for i, n in enumerate(pool_shape))
+        shape = (single[0], 1, single[3], 32)
+        assert access(token_strides, moved(pool_strides, axis), shape, single) == "uint4", f"pool, axis {axis} of 1"
