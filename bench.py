@@ -34,7 +34,8 @@ sys.path.append(str(ROOT / "tests"))
 import oracle  # noqa: E402
 
 import cupy_pagedkv.backend as backend  # noqa: E402
-from cupy_pagedkv import PagedKVCache, copy_blocks, gather_cache, nvrtc, reshape_and_cache  # noqa: E402
+import cupy_pagedkv.ops as ops  # noqa: E402
+from cupy_pagedkv import PagedKVCache, copy_blocks, nvrtc, reshape_and_cache  # noqa: E402
 from cupy_pagedkv.cuda_backend import CudaBackend, source_of  # noqa: E402
 from cupy_pagedkv.emulator import EmulatedBackend  # noqa: E402
 
@@ -414,7 +415,7 @@ def bars(rows: Sequence[Row], on_gpu: bool) -> Iterable[str]:
             yield f"{verdict} {text}: in {met} of {len(results)}; the least is {worst:.2f}, {label}"
 
     def rivals(row: Row, *names: str) -> list[tuple[float, str]]:
-        """Against the best of those that took part."""
+        """Against each of those that took part."""
         times = {name: row.ratio_to(name) for name in names if name in row.seconds}
         return [(ratio, f"{row.case.label} against {name}") for name, ratio in times.items()]
 
@@ -457,6 +458,7 @@ def machine(name: str, xp: Any) -> dict[str, str]:
         facts["torch"] = f"{torch.__version__}, {torch.get_num_threads()} threads"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     facts["cpu"] = f"{cores} cores, {platform.machine()}"
+    facts["load"] = f"{os.getloadavg()[0]:.1f}"  # of others, before anything is timed
     if xp is not np:
         properties = xp.cuda.runtime.getDeviceProperties(xp.cuda.Device().id)
         facts["gpu"] = properties["name"].decode()
@@ -551,51 +553,84 @@ def compiler_reports(
 # One verdict on a kernel, and one at each save
 
 
-CHECKED = (  # heads, dim, dtype, layout, first element, tokens
-    (8, 128, np.float16, "NHD", 0, 37),
-    (3, 46, np.float16, "HND", 0, 19),
-    (5, 67, np.uint8, "interleaved", 1, 40),  # single bytes, and more of them than a warp takes
+CHECKED = (  # heads, dim, dim of V, dtype, layout, first element, tokens, sequences
+    (8, 128, 128, np.float16, "NHD", 0, 37, 3),
+    (3, 46, 40, np.float16, "HND", 0, 19, 34),  # more sequences than a warp has lanes
+    (5, 67, 30, np.uint8, "packed", 1, 40, 3),  # single bytes, and more of them than a warp takes
 )
+NUM_BLOCKS, SMALL_BLOCK = 12, 8
 
 
 def check_kernel(kernel: str, xp: Any) -> str | None:
-    """What is wrong with `kernel`, on the GPU or the emulated device, or nothing: all bytes against plain loops."""
+    """What is wrong with `kernel`, on the GPU or the emulated device, or nothing.
+
+    Two layers, K and V of their own shapes, padding, and what is not in the pool: all bytes against plain loops.
+    """
     rng = np.random.default_rng(1)
-    for heads, dim, dtype, layout, first, n in CHECKED:
-        size, views = oracle.pools(layout, 12, 8, heads, dim, dtype, first=first)
+    for heads, dim, v_dim, dtype, layout, first, n, num_seqs in CHECKED:
+        size, views = oracle.pools(layout, 2 * NUM_BLOCKS, SMALL_BLOCK, heads, dim, dtype, v_dim, first=first)
         host = oracle.random_bytes(rng, size)
         buffer = xp.array(host)
-        qkv = oracle.random_array(rng, (n, 3, heads, dim), dtype)
-        case = f"{heads}x{dim} {np.dtype(dtype)} {layout}"
-        if kernel == "reshape_and_cache":
-            slots = rng.permutation(12 * 8)[:n]
-            slots[[3, 5]] = -1, 12 * 8  # padding, and a slot past the pool
-            on_device = xp.array(qkv)
-            reshape_and_cache(on_device[:, 1], on_device[:, 2], *views(buffer), xp.asarray(slots))
-            for tokens, pool in zip((qkv[:, 1], qkv[:, 2]), views(host), strict=True):
-                oracle.scatter(tokens, pool, np.where(slots < 12 * 8, slots, -1))
-            got, expected = buffer, host
+
+        def layers(pools: Any) -> list[Any]:
+            return [pool.reshape(2, NUM_BLOCKS, *pool.shape[1:]) for pool in pools]
+
+        if kernel == "gather_cache":
+            got, expected = check_gather(rng, num_seqs, layers(views(host)), layers(views(buffer)), xp)
         elif kernel == "copy_blocks":
-            blocks = rng.permutation(12)
-            src, dst = [*blocks[:4], 12, -1], [*blocks[4:10]]  # the last two are not in the pool
-            copy_blocks(*views(buffer), xp.asarray(src), xp.asarray(dst))
-            for pool in map(oracle.opaque, views(host)):
+            blocks = rng.permutation(NUM_BLOCKS)
+            src, dst = [*blocks[:4], NUM_BLOCKS, -1, 0, 0], [*blocks[4:10], NUM_BLOCKS, -1]  # the last four are skipped
+            copy_blocks(*layers(views(buffer)), xp.asarray(src), xp.asarray(dst))
+            for pool in map(oracle.opaque, layers(views(host))):
                 for source, target in zip(src[:4], dst[:4], strict=True):
-                    pool[target] = pool[source]
+                    pool[:, target] = pool[:, source]
             got, expected = buffer, host
         else:
-            tables, lengths = rng.permutation(12).reshape(3, 4).astype(np.int32), np.array([29, 0, 17], np.int32)
-            starts = np.array([5, 0, 0], np.int32)
-            got = xp.zeros((2, 50, heads, dim), dtype)
-            gather_cache(*views(buffer), tables, lengths, seq_starts=starts, out=(got[0], got[1]))
-            expected = np.zeros((2, 50, heads, dim), dtype)
-            for rows, pool in zip(oracle.opaque(expected), views(host), strict=True):
-                rows[:41] = oracle.gather(pool, tables, lengths, starts)
+            tokens = [oracle.random_array(rng, (n, 2, heads, d), dtype).swapaxes(0, 1) for d in (dim, v_dim)]
+            slots = rng.permutation(NUM_BLOCKS * SMALL_BLOCK)[:n]
+            slots[[3, 5]] = -1, NUM_BLOCKS * SMALL_BLOCK
+            on_device = [xp.array(array.swapaxes(0, 1)).swapaxes(0, 1) for array in tokens]
+            reshape_and_cache(*on_device, *layers(views(buffer)), xp.asarray(slots))
+            for array, pools in zip(tokens, layers(views(host)), strict=True):
+                for layer in range(2):
+                    oracle.scatter(array[layer], pools[layer], np.where(slots < NUM_BLOCKS * SMALL_BLOCK, slots, -1))
+            got, expected = buffer, host
         got = got if xp is np else xp.asnumpy(got)
         wrong = np.flatnonzero(got.reshape(-1).view(np.uint8) != expected.reshape(-1).view(np.uint8))
         if len(wrong):
+            case = f"{heads}x{dim} {np.dtype(dtype)} {layout}"
             return f"{case}: {len(wrong)} of {expected.nbytes} bytes differ, the first at {wrong[0]}"
     return None
+
+
+def check_gather(rng: Any, num_seqs: int, pools: list[Any], on_device: list[Any], xp: Any) -> tuple[Any, np.ndarray]:
+    """What a gather of sequences leaves in memory, and what it should: blocks that are not in the pool come out as
+    zeros, and rows that `out` has no place for are dropped."""
+    tables = rng.integers(-1, NUM_BLOCKS + 1, (num_seqs, 3))
+    lengths = rng.integers(0, 3 * SMALL_BLOCK + 1, num_seqs)
+    starts = rng.integers(0, lengths + 1)
+    num_rows = int((lengths - starts).sum()) - 3
+    sizes = [2 * (num_rows + 2) * pool.shape[3] * pool.shape[4] for pool in pools]
+    dtype = pools[0].dtype
+    got, expected = xp.full(sum(sizes) * dtype.itemsize, 7, np.uint8), np.full(sum(sizes) * dtype.itemsize, 7, np.uint8)
+
+    def outputs(memory: Any) -> list[Any]:
+        parts = memory.view(dtype)[: sizes[0]], memory.view(dtype)[sizes[0] :]
+        shaped = (part.reshape(2, num_rows + 2, *pool.shape[3:]) for part, pool in zip(parts, pools, strict=True))
+        return [array[:, 1:-1] for array in shaped]
+
+    out = outputs(got)
+    indices = [xp.asarray(array) for array in (tables, lengths, starts)]
+    layout = ops._layout(("key", "value"), *out, *on_device)
+    backend.backend_of(("k_cache",), on_device[0]).gather_cache(*out, *on_device, *indices, num_rows, layout)
+    for array, pool in zip(outputs(expected), pools, strict=True):
+        rows, blocks = oracle.opaque(array), oracle.opaque(pool)
+        places = [(i, t) for i in range(num_seqs) for t in range(starts[i], lengths[i])]
+        for row, (i, t) in enumerate(places[:num_rows]):
+            block = tables[i, t // SMALL_BLOCK]
+            inside = 0 <= block < NUM_BLOCKS
+            rows[:, row] = blocks[:, block, t % SMALL_BLOCK] if inside else np.zeros_like(blocks[:, 0, 0])
+    return got, expected
 
 
 WATCHED = (SHAPES[0], SHAPES[-1])  # whose compiler's report is quickly made
@@ -605,14 +640,19 @@ def verdict(kernel: str, xp: Any, arch: int, last: dict[str, str | float]) -> tu
     """Compile, verify and time `kernel`, or print the compiler's report; returns 1 and `last` if anything is wrong."""
     start = time.perf_counter()
     instance = EmulatedBackend()
+    backend.DEBUG = False  # the check hands the kernel what that would refuse
     try:
         with nullcontext() if xp is not np else emulated_by(instance):
             wrong = check_kernel(kernel, xp)
         if wrong is None:
             results: dict[str, str | float] = {}
             if xp is np:
-                reports = compiler_reports(kernel, [arch], WATCHED)
-                results.update({label: str(report) for label, report in reports.items()})
+                try:
+                    reports = compiler_reports(kernel, [arch], WATCHED)
+                except RuntimeError as error:  # NVRTC or nvdisasm is not installed
+                    results["no report by the compiler"] = str(error)
+                else:
+                    results.update({label: str(report) for label, report in reports.items()})
             else:
                 for operation in [op for op, name in OPERATIONS.items() if name == kernel]:
                     for tokens in (64, 4096):
@@ -669,16 +709,22 @@ def watch(kernel: str, arguments: Sequence[str]) -> NoReturn:
             while True:
                 time.sleep(0.02)
                 now = stamp()
-                if now is None or now == seen:
+                if now is None or now == seen or now[1] == 0:
+                    continue
+                time.sleep(0.02)
+                if stamp() != now:  # it is still being written
                     continue
                 seen = now
                 try:
                     child.communicate(b"go\n", timeout=60)
                 except subprocess.TimeoutExpired:
                     child.kill()
+                    child.wait()
                     print(f"{kernel} is WRONG: no verdict after 60 s; does a loop never end?")
-                if child.returncode < 0:
-                    print(f"{kernel} is WRONG: it crashed (signal {-child.returncode}); an address outside all arrays?")
+                else:
+                    if child.returncode < 0:
+                        crash = f"signal {-child.returncode}"
+                        print(f"{kernel} is WRONG: it crashed ({crash}); an address outside all arrays?")
                 print("waiting for the next save", flush=True)
                 child = subprocess.Popen(command, stdin=subprocess.PIPE)
         finally:
@@ -689,8 +735,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kernel", nargs="?", choices=KERNELS, help="only what runs this kernel")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="by default a GPU where there is one")
-    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="rows whose name has all of these, "
-                        "such as 'gather', '8x128', 'float32' or 'tokens=512'")  # fmt: skip
+    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="rows with all of these words in "
+                        "their name, such as gather, blocks, 8x128, float32 or tokens=512")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="fewer sizes and shapes, and less time for each")
     parser.add_argument("--json", metavar="FILE", help="write what was measured")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the share of the floor against size")
@@ -710,7 +756,8 @@ def main() -> int:
     if options.check_when_told is not None:
         memory = Path(options.check_when_told)
         if xp is np:
-            nvrtc.report_on('extern "C" __global__ void loads_the_compiler() {}', options.arch or 90)
+            with suppress(RuntimeError):  # `verdict` says so where it is not installed
+                nvrtc.report_on('extern "C" __global__ void loads_the_compiler() {}', options.arch or 90)
         else:
             xp.zeros(1)
         if not sys.stdin.readline():  # whoever would tell is gone
@@ -742,7 +789,7 @@ def main() -> int:
         for shape in (SHAPES[:2] if options.quick else SHAPES)
         for tokens in (TOKENS[::2] if options.quick else TOKENS)
     ]
-    cases = [case for case in cases if all(text in case.label for text in options.only)]
+    cases = [case for case in cases if set(options.only) <= set(case.label.split())]
     if not cases:
         if options.kernel is not None and options.kernel not in OPERATIONS.values():
             parser.error(f"{options.kernel} is not timed; --watch and --kernels take it")

@@ -7,6 +7,7 @@ threads: NumPy lets go of the interpreter while it copies, and one core does not
 
 import functools
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -23,7 +24,9 @@ _Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 _Job: TypeAlias = Callable[[], object]
 
 _FEW_TOKENS = 2
+_FEW_SEQUENCES = 4
 _MANY_ITEMS = 500  # NumPy lets go of the interpreter for more items than these
+_WORTHWHILE_TOKENS = 128  # of a stretch, or of a sequence, that is copied on its own
 _LARGE_BYTES = 2**22  # from here on it pays to look for whole blocks
 _SHARED_BYTES = 3 * 2**22  # from here on several threads: waking one and waiting for it is like copying 1 to 4 MB
 _MAX_THREADS = 8
@@ -47,14 +50,19 @@ def _run(jobs: list[_Job], num_bytes: int) -> None:
             job()
         return
     waiting = deque(jobs)
+    active: list[None] = []
 
     def work() -> None:
-        while True:
-            try:
-                job = waiting.popleft()
-            except IndexError:
-                return
-            job()
+        active.append(None)
+        try:
+            while True:
+                try:
+                    job = waiting.popleft()
+                except IndexError:
+                    return
+                job()
+        finally:
+            active.pop()
 
     executor, count = _helpers()
     helpers = []
@@ -70,6 +78,8 @@ def _run(jobs: list[_Job], num_bytes: int) -> None:
             wait(started)
         finally:
             wait(started)  # after a Ctrl-C, too, nothing may be written any more
+            while active:  # a helper whose thread could not start may be queued all the same
+                time.sleep(1e-4)
     for helper in started:
         helper.result()
 
@@ -105,6 +115,9 @@ def _stretches(slots: _Array, block_size: int) -> Iterator[tuple[int, int, bool]
     bounds = np.append(np.flatnonzero(starts_run), len(slots))
     whole = np.diff(bounds) == block_size
     edges = np.concatenate(([0], np.flatnonzero(whole[1:] != whole[:-1]) + 1, [len(whole)]))
+    if len(edges) * _WORTHWHILE_TOKENS > len(slots):  # short stretches cost more than blocks save
+        yield 0, len(slots), False
+        return
     yield from zip(bounds[edges[:-1]].tolist(), bounds[edges[1:]].tolist(), whole[edges[:-1]].tolist(), strict=True)
 
 
@@ -130,6 +143,26 @@ def _read_blocks(tokens: _Array, pool: _Array, blocks: _Array) -> None:
         pool.take(blocks, 0, out, "clip")  # the only mode that writes to `out` itself
     else:
         out[...] = pool[blocks]
+
+
+def _read_slots(tokens: _Array, pool: _Array, blocks: _Array, offsets: _Array) -> None:
+    _, block_size, heads, dim = pool.shape
+    if tokens.flags.carray and pool.flags.c_contiguous and pool.flags.aligned:
+        pool.reshape(-1, heads, dim).take(blocks.astype(np.int64) * block_size + offsets, 0, tokens, "clip")
+    else:
+        tokens[...] = pool[blocks, offsets]
+
+
+def _places(
+    block_tables: _Array, seq_lens: _Array, seq_starts: _Array | None, num_rows: int, block_size: int
+) -> tuple[_Array, _Array]:
+    """(blocks, offsets) of the tokens of all sequences, ``[num_rows]`` each."""
+    starts = np.zeros_like(seq_lens) if seq_starts is None else seq_starts
+    counts = seq_lens - starts
+    first_rows = np.cumsum(counts) - counts
+    positions = np.arange(num_rows) + np.repeat(starts - first_rows, counts)
+    columns, offsets = np.divmod(positions, block_size)
+    return block_tables[np.repeat(np.arange(len(counts)), counts), columns], offsets
 
 
 class HostArrays:
@@ -179,7 +212,9 @@ class NumpyBackend(HostArrays):
             return
         padding = slot_mapping < 0  # as an index, a place counted from the end
         if np.count_nonzero(padding):  # half the time of any()
-            written = np.flatnonzero(~padding)
+            written: Any = np.flatnonzero(~padding)
+            if len(written) and written[-1] == len(written) - 1:
+                written = slice(len(written))  # all padding is at the end, and nothing has to be copied twice
             slot_mapping = slot_mapping[written]
             tensors = [(tokens[written], pool) for tokens, pool in tensors]
         num_bytes = len(slot_mapping) * layout.token_bytes * layout.num_layers
@@ -212,6 +247,14 @@ class NumpyBackend(HostArrays):
         """Fill the first ``num_rows`` rows of ``key`` and ``value``, which is how many the lengths say."""
         tensors = _tensors(key, value, k_cache, v_cache, layout)
         block_size = layout.block_size
+        num_seqs = len(seq_lens)
+        if num_seqs > _FEW_SEQUENCES and num_rows < num_seqs * _WORTHWHILE_TOKENS:
+            blocks, offsets = _places(block_tables, seq_lens, seq_starts, num_rows, block_size)
+            _run(
+                [functools.partial(_read_slots, tokens[:num_rows], pool, blocks, offsets) for tokens, pool in tensors],
+                num_rows * layout.token_bytes * layout.num_layers,
+            )
+            return
         step = _tokens_of_a_job(layout)
         starts = None if seq_starts is None else seq_starts.tolist()
         jobs: list[_Job] = []

@@ -80,8 +80,8 @@ def report_on(code: str, arch: int) -> CompilerReport:
     ``RuntimeError`` without ``nvdisasm``."""
     cubin, resources = compile_kernel(code, arch)
     widths: dict[str, Counter[int]] = {"LDG": Counter(), "STG": Counter()}
-    for instruction, modifiers in re.findall(r"\b(LDG|STG)(\S*)", _disassemble(cubin)):
-        width = re.search(r"\.[US]?(8|16|64|128)(?!\d)", modifiers)
+    for instruction, modifiers in re.findall(r"\b(LDG|STG)(?=[.\s])(\S*)", _disassemble(cubin)):
+        width = re.search(r"\.[US]?(8|16|64|128|256)(?!\d)", modifiers)
         widths[instruction][int(width[1]) if width else 32] += 1
     return CompilerReport(resources, dict(widths["LDG"]), dict(widths["STG"]))
 

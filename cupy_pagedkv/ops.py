@@ -94,6 +94,7 @@ def gather_cache(
         they may be arrays where the pools are.
     out
         ``(key, value)``, of at least as many rows as are copied and of any strides; further rows stay as they are.
+        They must not overlap the pools.
         It is returned. Without it both arrays are new: ``[sum(seq_lens − seq_starts), num_kv_heads, head_dim]``. Where
         the pools have an axis of layers before the others, so have these.
 

@@ -1,5 +1,6 @@
 """bench.py: what it verifies, counts and prints; and its watch over a kernel, through good, broken and wrong edits."""
 
+import functools
 import json
 import os
 import queue
@@ -43,6 +44,15 @@ def test_a_run_on_the_cpu(tmp_path):
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
+def half_of(problem: bench.Problem, call: Any, tensor: int) -> Any:
+    """What `call` does, but not for K (0) or V (1)."""
+    before = problem.pools[tensor].copy()
+    result = np.array(call() or problem.out[:, 0])
+    problem.pools[tensor] = before
+    result[tensor] = 0
+    return result
+
+
 @pytest.mark.parametrize("operation", bench.OPERATIONS)
 @pytest.mark.parametrize("tokens", [1, 40, 5000])
 def test_every_contender_does_the_same_and_a_wrong_one_is_found(operation, tokens):
@@ -58,6 +68,9 @@ def test_every_contender_does_the_same_and_a_wrong_one_is_found(operation, token
             problem.verify(name, of_sets[0], expected)
         with pytest.raises(SystemExit, match="copy is wrong in"):
             problem.verify("copy", lambda: None, expected)
+        for tensor in (0, 1):
+            with pytest.raises(SystemExit, match="half is wrong in"):
+                problem.verify("half", functools.partial(half_of, problem, calls["cupy_pagedkv"][0], tensor), expected)
         untouched = problem.out[:, 0]
         with pytest.raises(SystemExit, match=f"{operation} 2x6 float16 tokens={tokens}: nothing is wrong in"):
             problem.verify("nothing", lambda untouched=untouched: untouched, expected)
@@ -240,6 +253,11 @@ def test_watch_needs_a_kernel():
     ("kernel", "good", "bad"),
     [
         ("gather_cache", "segment.offset * slot_stride", "0 * slot_stride"),
+        ("gather_cache", "value + layer * value_layer", "value"),
+        ("gather_cache", "warp % V_SLICES", "warp % K_SLICES"),
+        ("gather_cache", "block >= 0 && block < num_blocks", "block > 0 && block < num_blocks"),
+        ("reshape_and_cache", "v_cache + layer * v_layer", "v_cache"),
+        ("copy_blocks", "v_cache + layer * v_layer", "v_cache"),
         ("copy_blocks", "pool + to * block_stride", "pool + from * block_stride"),
         ("reshape_and_cache", "slot % BLOCK_SIZE * slot_stride", "0 * slot_stride"),
     ],
@@ -257,4 +275,4 @@ def test_the_check_of_each_kernel(monkeypatch, kernel, good, bad):
         assert bench.check_kernel(kernel, np) is None
     with bench.emulated_by(Edited()):
         wrong = bench.check_kernel(kernel, np)
-    assert re.match(r"8x128 float16 NHD: \d+ of \d+ bytes differ, the first at \d+", wrong)
+    assert re.match(r"\d+x\d+ \w+ \w+: \d+ of \d+ bytes differ, the first at \d+", wrong)

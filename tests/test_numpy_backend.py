@@ -29,6 +29,7 @@ def everything_is_much():
         patch.setattr(numpy_backend, "_LARGE_BYTES", 200)
         patch.setattr(numpy_backend, "_SHARED_BYTES", 300)
         patch.setattr(numpy_backend, "_MANY_ITEMS", 3)
+        patch.setattr(numpy_backend, "_WORTHWHILE_TOKENS", 1)
         patch.setattr(os, "sched_getaffinity", lambda pid: range(4))
         numpy_backend._helpers.cache_clear()
         yield
@@ -96,6 +97,38 @@ def test_gathering_much(rng, layout, dtype):
             rows = oracle.gather(pool, tables, lens, starts)
             assert oracle.opaque(array)[: len(rows)].tobytes() == rows.tobytes()
     assert (oracle.opaque(memory)[:, [0, 1, -1, -2, -3, -4, -5]].view(np.uint8) == 7).all()
+
+
+def test_ragged_batches_go_row_by_row(monkeypatch):
+    monkeypatch.setattr(numpy_backend, "_WORTHWHILE_TOKENS", 128)
+    ragged = np.concatenate([np.arange(24) + 32 * i for i in range(100)])
+    assert list(numpy_backend._stretches(ragged, 16)) == [(0, 2400, False)]
+    assert len(list(numpy_backend._stretches(np.arange(4095), 16))) == 2
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND", "interleaved", "packed"])
+@pytest.mark.parametrize("dtype", [np.float16, PADDED], ids=["float16", "padded"])
+def test_many_short_sequences(rng, monkeypatch, layout, dtype):
+    monkeypatch.setattr(numpy_backend, "_WORTHWHILE_TOKENS", 128)
+    size, views = oracle.pools(layout, 200, 4, 2, 6, dtype)
+    pools = views(oracle.random_bytes(rng, size))
+    tables = rng.permutation(200).reshape(50, 4).astype(np.int32)
+    lens = rng.integers(0, 17, 50)
+    for starts in (None, rng.integers(0, lens + 1)):
+        total = int(lens.sum() - (0 if starts is None else starts.sum()))
+        memory = np.zeros((2, total + 3, 2, 6), dtype)
+        memory.view(np.uint8)[...] = 7
+        gather_cache(*pools, tables, lens, seq_starts=starts, out=(memory[0], memory[1]))
+        for array, pool in zip(memory, pools, strict=True):
+            rows = oracle.gather(pool, tables, lens, [0] * 50 if starts is None else starts)
+            assert oracle.opaque(array)[:total].tobytes() == rows.tobytes()
+            assert (oracle.opaque(array)[total:].copy().view(np.uint8) == 7).all()
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("slots", [[9, 3, 4, -1, -7], [-1, 9, 3, 4, -1], [-1] * 5, [9, -1, 3, -1, 4]])
+def test_padding_at_the_end_and_elsewhere(rng, slots, step):
+    scatter_and_compare(rng, "NHD", 4, np.float16, slots, step)
 
 
 def test_strided_outputs(rng):
