@@ -34,10 +34,10 @@ sys.path.append(str(ROOT / "tests"))
 import oracle  # noqa: E402
 
 import cupy_pagedkv.backend as backend  # noqa: E402
-import cupy_pagedkv.ops as ops  # noqa: E402
 from cupy_pagedkv import PagedKVCache, copy_blocks, nvrtc, reshape_and_cache  # noqa: E402
 from cupy_pagedkv.cuda_backend import CudaBackend, source_of  # noqa: E402
 from cupy_pagedkv.emulator import EmulatedBackend  # noqa: E402
+from cupy_pagedkv.layout import layout_of  # noqa: E402
 
 try:
     import torch
@@ -153,15 +153,20 @@ class Problem:
             self.pools[...] = self.xp.asarray(self.host_pools)
             call()
             got = self.pools
-        got = got if self.xp is np else self.xp.asnumpy(got)
-        if got.tobytes() != expected.tobytes():
-            wrong = np.flatnonzero(got.reshape(-1).view(np.uint8) != expected.reshape(-1).view(np.uint8))
+        wrong = wrong_bytes(got, expected, self.xp)
+        if len(wrong):
             raise SystemExit(f"{self.case.label}: {name} is wrong in {len(wrong)} bytes, the first at {wrong[0]}")
 
 
 def random_tokens(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     return oracle.random_bytes(rng, size).view(dtype).reshape(shape)
+
+
+def wrong_bytes(got: Any, expected: np.ndarray, xp: Any) -> np.ndarray:
+    """Where the bytes of an array on the device differ from those of one on the host."""
+    got = got if xp is np else xp.asnumpy(got)
+    return np.flatnonzero(got.reshape(-1).view(np.uint8) != expected.reshape(-1).view(np.uint8))
 
 
 # Who competes. Each gets one callable for each set of inputs.
@@ -595,8 +600,7 @@ def check_kernel(kernel: str, xp: Any) -> str | None:
                 for layer in range(2):
                     oracle.scatter(array[layer], pools[layer], np.where(slots < NUM_BLOCKS * SMALL_BLOCK, slots, -1))
             got, expected = buffer, host
-        got = got if xp is np else xp.asnumpy(got)
-        wrong = np.flatnonzero(got.reshape(-1).view(np.uint8) != expected.reshape(-1).view(np.uint8))
+        wrong = wrong_bytes(got, expected, xp)
         if len(wrong):
             case = f"{heads}x{dim} {np.dtype(dtype)} {layout}"
             return f"{case}: {len(wrong)} of {expected.nbytes} bytes differ, the first at {wrong[0]}"
@@ -621,7 +625,7 @@ def check_gather(rng: Any, num_seqs: int, pools: list[Any], on_device: list[Any]
 
     out = outputs(got)
     indices = [xp.asarray(array) for array in (tables, lengths, starts)]
-    layout = ops._layout(("key", "value"), *out, *on_device)
+    layout = layout_of(("key", "value"), *out, *on_device)
     backend.backend_of(("k_cache",), on_device[0]).gather_cache(*out, *on_device, *indices, num_rows, layout)
     for array, pool in zip(outputs(expected), pools, strict=True):
         rows, blocks = oracle.opaque(array), oracle.opaque(pool)

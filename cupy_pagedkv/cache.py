@@ -71,7 +71,7 @@ class PagedKVCache:
         8
         """
         backend_of(("k_cache", "v_cache"), k_cache, v_cache)
-        pools_of(k_cache.shape, k_cache.strides, k_cache.dtype, v_cache.shape, v_cache.strides, v_cache.dtype)
+        pools_of(k_cache, v_cache)
         if k_cache.ndim != 4:
             raise ValueError(f"pools of one layer have 4 axes, got k_cache of {k_cache.ndim}; take one layer of them")
         cache = cls.__new__(cls)

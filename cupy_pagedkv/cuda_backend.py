@@ -91,6 +91,10 @@ def _check_block_bytes(pools: Pools) -> None:
             )
 
 
+def _index_types(kernel: str, sizes: tuple[int, ...]) -> _Defines:
+    return tuple((name, _INDEX_TYPES[size]) for name, size in zip(_INDICES[kernel], sizes, strict=True))
+
+
 class _Plan(NamedTuple):
     """All of a launch but the sizes and addresses of its arrays."""
 
@@ -230,7 +234,7 @@ class CudaBackend:
         defines: _Defines = (("ACCESS_T", _ACCESS_TYPES[access]), ("UNROLL", _UNROLL), ("BLOCK_SIZE", block_size))
         for letter, (heads, runs_of_head, run) in (("K", k_runs), ("V", v_runs)):
             defines += ((f"{letter}_HEADS", heads), (f"{letter}_RUNS", runs_of_head), (f"{letter}_RUN", run // access))
-        defines += tuple(zip(_INDICES[name], map(_INDEX_TYPES.__getitem__, index_sizes), strict=True))
+        defines += _index_types(name, index_sizes)
         strides = (*key.strides, *value.strides, *k_cache.strides[:4], *v_cache.strides[:4])
         return _Plan(self._kernel(name, defines), strides, row)
 
@@ -243,7 +247,7 @@ class CudaBackend:
         defines: _Defines = (("ACCESS_T", _ACCESS_TYPES[access]), ("UNROLL", _UNROLL))
         for letter, (outer, inner, run) in (("K", k_runs), ("V", v_runs)):
             defines += ((f"{letter}_OUTER", outer), (f"{letter}_INNER", inner), (f"{letter}_RUN", run // access))
-        defines += tuple(zip(_INDICES["copy_blocks"], map(_INDEX_TYPES.__getitem__, index_sizes), strict=True))
+        defines += _index_types("copy_blocks", index_sizes)
         strides = (*pools.k_cache.strides[:2], *k_strides, *pools.v_cache.strides[:2], *v_strides)
         return _Plan(self._kernel("copy_blocks", defines), strides, max(math.prod(k_runs), math.prod(v_runs)) // access)
 

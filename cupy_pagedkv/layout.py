@@ -50,8 +50,25 @@ class Layout(Pools):
     """Whether no array has an axis of layers, and no item fields."""
 
 
+def layout_of(names: tuple[str, str], key: Any, value: Any, k_cache: Any, v_cache: Any) -> Layout:
+    """The layout of a call on arrays; ``names`` are those of the tokens of K and V.
+
+    Raises ``ValueError`` for shapes that do not agree and ``TypeError`` for dtypes that do not.
+    """
+    # Twelve flat arguments are hashed in half the time of four tuples.
+    return _layout_of(
+        names, key.shape, key.strides, key.dtype, value.shape, value.strides, value.dtype,
+        k_cache.shape, k_cache.strides, k_cache.dtype, v_cache.shape, v_cache.strides, v_cache.dtype,
+    )  # fmt: skip
+
+
+def pools_of(k_cache: Any, v_cache: Any) -> Pools:
+    """The pools of a call on arrays. Raises ``ValueError`` or ``TypeError`` unless they belong together."""
+    return _pools_of(k_cache.shape, k_cache.strides, k_cache.dtype, v_cache.shape, v_cache.strides, v_cache.dtype)
+
+
 @functools.lru_cache(_REMEMBERED)
-def layout_of(
+def _layout_of(
     names: tuple[str, str],
     key_shape: _Ints,
     key_strides: _Ints,
@@ -66,12 +83,7 @@ def layout_of(
     v_strides: _Ints,
     v_dtype: np.dtype[Any],
 ) -> Layout:
-    """The layout of a call; ``names`` are those of the tokens of K and V. (Twelve flat arguments are hashed in half the
-    time of four tuples.)
-
-    Raises ``ValueError`` for shapes that do not agree and ``TypeError`` for dtypes that do not.
-    """
-    pools = pools_of(k_shape, k_strides, k_dtype, v_shape, v_strides, v_dtype)
+    pools = _pools_of(k_shape, k_strides, k_dtype, v_shape, v_strides, v_dtype)
     _check_tokens(names[0], key_shape, key_dtype, "k_cache", k_shape, k_dtype)
     _check_tokens(names[1], value_shape, value_dtype, "v_cache", v_shape, v_dtype)
     key = _with_layers(3, key_shape, key_strides, key_dtype)
@@ -86,7 +98,7 @@ def layout_of(
 
 
 @functools.lru_cache(_REMEMBERED)
-def pools_of(
+def _pools_of(
     k_shape: _Ints,
     k_strides: _Ints,
     k_dtype: np.dtype[Any],
@@ -94,7 +106,6 @@ def pools_of(
     v_strides: _Ints,
     v_dtype: np.dtype[Any],
 ) -> Pools:
-    """The pools of a call. Raises ``ValueError`` or ``TypeError`` unless they belong together."""
     for name, shape, strides, dtype in (
         ("k_cache", k_shape, k_strides, k_dtype),
         ("v_cache", v_shape, v_strides, v_dtype),

@@ -137,17 +137,22 @@ def _write_blocks(tokens: _Array, pool: _Array, blocks: _Array) -> None:
     pool[blocks] = tokens.reshape(-1, *pool.shape[1:])
 
 
+def _can_take(pool: _Array, out: _Array) -> bool:
+    """Whether ``pool.take`` writes to ``out`` itself (with mode "clip"), and copies neither of them whole."""
+    return out.flags.carray and pool.flags.c_contiguous and pool.flags.aligned
+
+
 def _read_blocks(tokens: _Array, pool: _Array, blocks: _Array) -> None:
     out = tokens.reshape(-1, *pool.shape[1:])
-    if out.flags.carray and pool.flags.c_contiguous and pool.flags.aligned:  # or `take` copies them whole
-        pool.take(blocks, 0, out, "clip")  # the only mode that writes to `out` itself
+    if _can_take(pool, out):
+        pool.take(blocks, 0, out, "clip")
     else:
         out[...] = pool[blocks]
 
 
 def _read_slots(tokens: _Array, pool: _Array, blocks: _Array, offsets: _Array) -> None:
     _, block_size, heads, dim = pool.shape
-    if tokens.flags.carray and pool.flags.c_contiguous and pool.flags.aligned:
+    if _can_take(pool, tokens):
         pool.reshape(-1, heads, dim).take(blocks.astype(np.int64) * block_size + offsets, 0, tokens, "clip")
     else:
         tokens[...] = pool[blocks, offsets]

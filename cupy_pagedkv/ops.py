@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from . import backend as devices
 from .backend import Backend, backend_of
-from .layout import Layout, layout_of, pools_of
+from .layout import layout_of, pools_of
 
 __all__ = ["copy_blocks", "gather_cache", "reshape_and_cache"]
 
@@ -60,7 +60,7 @@ def reshape_and_cache(key: Array, value: Array, k_cache: Array, v_cache: Array, 
     ``ValueError`` for shapes that do not agree, for two GPUs, and for pools that cannot be written.
     """
     backend = backend_of(_SCATTERED, key, value, k_cache, v_cache)
-    layout = _layout(_TOKENS, key, value, k_cache, v_cache)
+    layout = layout_of(_TOKENS, key, value, k_cache, v_cache)
     _check_writeable(_POOLS, k_cache, v_cache)
     slots = _indices("slot_mapping", slot_mapping, 1, backend, k_cache)
     num_tokens = layout.num_tokens
@@ -94,9 +94,9 @@ def gather_cache(
         they may be arrays where the pools are.
     out
         ``(key, value)``, of at least as many rows as are copied and of any strides; further rows stay as they are.
-        They must not overlap the pools.
-        It is returned. Without it both arrays are new: ``[sum(seq_lens − seq_starts), num_kv_heads, head_dim]``. Where
-        the pools have an axis of layers before the others, so have these.
+        They must not overlap the pools. The tuple is returned. Without it both arrays are new:
+        ``[sum(seq_lens − seq_starts), num_kv_heads, head_dim]``. Where the pools have an axis of layers before the
+        others, so have these.
 
     On a GPU the work is queued on CuPy's current stream; with ``out`` and all indices on the device, nothing is
     allocated or transferred, and a CUDA graph can capture the call. Rows whose block is not in the pool come out as
@@ -108,12 +108,12 @@ def gather_cache(
     """
     if out is None:
         backend = backend_of(_POOLS, k_cache, v_cache)
-        pools_of(k_cache.shape, k_cache.strides, k_cache.dtype, v_cache.shape, v_cache.strides, v_cache.dtype)
+        pools_of(k_cache, v_cache)
     else:
         if not (isinstance(out, tuple) and len(out) == 2):
             raise TypeError(f"out must be a tuple (key, value), got {type(out).__name__} {out!r:.40}")
         backend = backend_of(_GATHERED, *out, k_cache, v_cache)
-        layout = _layout(_OUT, *out, k_cache, v_cache)
+        layout = layout_of(_OUT, *out, k_cache, v_cache)
         _check_writeable(_OUT, *out)
     tables = _indices("block_tables", block_tables, 2, backend, k_cache)
     lens = _indices("seq_lens", seq_lens, 1, backend, k_cache)
@@ -147,7 +147,7 @@ def gather_cache(
             for pool in (k_cache, v_cache)
         )
         out = key, value
-        layout = _layout(_OUT, *out, k_cache, v_cache)
+        layout = layout_of(_OUT, *out, k_cache, v_cache)
     if num_rows and num_seqs:
         tables, lens = _on_device(tables, backend, k_cache), _on_device(lens, backend, k_cache)
         starts = None if starts is None else _on_device(starts, backend, k_cache)
@@ -177,7 +177,7 @@ def copy_blocks(k_cache: Array, v_cache: Array, src: IndexArray, dst: IndexArray
     Raises ``TypeError`` and ``ValueError`` as :func:`reshape_and_cache` does.
     """
     backend = backend_of(_POOLS, k_cache, v_cache)
-    pools = pools_of(k_cache.shape, k_cache.strides, k_cache.dtype, v_cache.shape, v_cache.strides, v_cache.dtype)
+    pools = pools_of(k_cache, v_cache)
     _check_writeable(_POOLS, k_cache, v_cache)
     sources, targets = _indices("src", src, 1, backend, k_cache), _indices("dst", dst, 1, backend, k_cache)
     if len(sources) != len(targets):
@@ -188,13 +188,6 @@ def copy_blocks(k_cache: Array, v_cache: Array, src: IndexArray, dst: IndexArray
         _check_pairs(_asnumpy(sources, backend), _asnumpy(targets, backend), pools.num_blocks)
     sources, targets = _on_device(sources, backend, k_cache), _on_device(targets, backend, k_cache)
     backend.copy_blocks(k_cache, v_cache, sources, targets, pools)
-
-
-def _layout(names: tuple[str, str], key: Array, value: Array, k_cache: Array, v_cache: Array) -> Layout:
-    return layout_of(
-        names, key.shape, key.strides, key.dtype, value.shape, value.strides, value.dtype,
-        k_cache.shape, k_cache.strides, k_cache.dtype, v_cache.shape, v_cache.strides, v_cache.dtype,
-    )  # fmt: skip
 
 
 def _indices(name: str, values: IndexArray, ndim: int, backend: Backend, pool: Array) -> Array:

@@ -116,6 +116,21 @@ def debug(device: Device, monkeypatch: pytest.MonkeyPatch) -> Device:
 
 
 @pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
+    """(kernel, grid) of each launch of the test, on the emulated device."""
+    made: list[tuple[str, tuple[int, ...]]] = []
+    call = emulator.RawKernel.__call__
+
+    def counting(self: Any, grid: Any, block: Any, args: Any) -> None:
+        made.append((self.name, grid))
+        call(self, grid, block, args)
+
+    monkeypatch.setattr(emulator.RawKernel, "__call__", counting)
+    monkeypatch.setattr(backend, "EMULATE", True)
+    return made
+
+
+@pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Seeded by the test's name without its device, so that every device sees the same numbers."""
     name = request.node.nodeid

@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_scatter import DTYPES, EVERY_DTYPE, HEAD_DIMS, LAYOUTS
 
-from cupy_pagedkv import gather_cache, ops, reshape_and_cache
+from cupy_pagedkv import gather_cache, reshape_and_cache
 from cupy_pagedkv.backend import backend_of
 from cupy_pagedkv.cuda_backend import CudaBackend
+from cupy_pagedkv.layout import layout_of
 
 LENGTHS = [0, 1, 15, 16, 17, 45, 400, 203]
 
@@ -250,7 +251,7 @@ def test_debug_refuses_blocks_outside_the_pool_before_it_writes(debug, rng):
 
 def launch(out: Any, k_cache: Any, v_cache: Any, tables: Any, lens: Any, starts: Any) -> None:
     """Without the checks, which lengths on a GPU do not get, and on the emulated device are all in host memory."""
-    layout = ops._layout(("out[0]", "out[1]"), *out, k_cache, v_cache)
+    layout = layout_of(("out[0]", "out[1]"), *out, k_cache, v_cache)
     backend = backend_of(("k_cache",), k_cache)
     backend.gather_cache(*out, k_cache, v_cache, tables, lens, starts, len(out[0]), layout)
 
