@@ -22,15 +22,21 @@ Data flows one way: ``cache`` → ``ops`` (all checks) → ``backend`` (the choi
 
 from .blocks import BlockAllocator, BlockAllocatorStats, BlockTable, OutOfBlocksError
 from .cache import LayeredPagedKVCache, PagedKVCache
+from .manager import Batch, BatchBuffers, KVCacheManager, KVCacheStats, Sequence
 from .ops import copy_blocks, gather_cache, reshape_and_cache
 
 __all__ = [
+    "Batch",
+    "BatchBuffers",
     "BlockAllocator",
     "BlockAllocatorStats",
     "BlockTable",
+    "KVCacheManager",
+    "KVCacheStats",
     "LayeredPagedKVCache",
     "OutOfBlocksError",
     "PagedKVCache",
+    "Sequence",
     "copy_blocks",
     "gather_cache",
     "reshape_and_cache",

@@ -249,6 +249,11 @@ class LayeredPagedKVCache:
         return len(self._layers)
 
     @property
+    def num_blocks(self) -> int:
+        """Blocks in each pool."""
+        return self._layers[0].num_blocks
+
+    @property
     def block_size(self) -> int:
         """Tokens in a block."""
         return self._block_table.block_size

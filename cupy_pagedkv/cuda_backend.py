@@ -7,6 +7,7 @@ to call is an argument. Nothing here checks its arguments (``ops`` has), and not
 
 import functools
 import math
+from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,6 +122,7 @@ class CudaBackend:
         self._plan = functools.lru_cache(4096)(self._make_plan)
         self._copy_plan = functools.lru_cache(4096)(self._make_copy_plan)
         self._processors = functools.cache(self._count_processors)
+        self._in_flight: deque[tuple[Any, npt.NDArray[np.uint8]]] = deque()  # (event, the memory it waits for)
 
     def _build_kernel(self, name: str, defines: _Defines) -> Any:
         return self.xp.RawKernel(source_of(name, defines), name, ("-std=c++17",))
@@ -171,6 +173,35 @@ class CudaBackend:
         with self.on(device):
             # CuPy stages pageable memory, but reads pinned memory whenever the stream gets there: hence a copy of ours.
             return self.xp.asarray(array.copy())
+
+    def staging(self, num_bytes: int) -> npt.NDArray[np.uint8]:
+        """Pinned host memory, to be filled and given to :meth:`send`."""
+        while self._in_flight and self._in_flight[0][0].done:
+            self._in_flight.popleft()  # CuPy's pool of pinned memory may hand it out again
+        return self._empty_pinned(num_bytes)
+
+    def send(self, staged: npt.NDArray[np.uint8], device: Any, out: Any = None) -> Any:
+        """``staged`` on ``device``, or in ``out`` there, once the current stream gets to it.
+
+        Only then is it read, and so it is kept until that is done.
+        """
+        with self.on(device):
+            if out is None:
+                out = self._make(self.xp.empty, staged.shape, staged.dtype, device)
+            self._in_flight.append((self._copy_async(staged, out), staged))
+        return out
+
+    def _empty_pinned(self, num_bytes: int) -> npt.NDArray[np.uint8]:
+        import cupyx
+
+        return cupyx.empty_pinned(num_bytes, np.uint8)  # type: ignore[no-any-return]
+
+    def _copy_async(self, staged: npt.NDArray[np.uint8], out: Any) -> Any:
+        """Queue a copy from pinned memory; returns an event behind it."""
+        out.data.copy_from_host_async(staged.ctypes.data, staged.nbytes)
+        event = self.xp.cuda.Event(disable_timing=True)
+        event.record()
+        return event
 
     def reshape_and_cache(
         self, key: Any, value: Any, k_cache: Any, v_cache: Any, slot_mapping: Any, layout: Layout

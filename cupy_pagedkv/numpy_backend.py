@@ -196,6 +196,15 @@ class HostArrays:
     def from_numpy(self, array: _Array, device: str) -> _Array:
         return array
 
+    def staging(self, num_bytes: int) -> _Array:
+        return np.empty(num_bytes, np.uint8)
+
+    def send(self, staged: _Array, device: str, out: _Array | None = None) -> _Array:
+        if out is None:
+            return staged
+        out[:] = staged
+        return out
+
 
 class NumpyBackend(HostArrays):
     """The operations by NumPy's own indexing."""

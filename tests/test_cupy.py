@@ -3,8 +3,11 @@
 CuPy need not be installed for the suite; where it is not, these tests say so and skip.
 """
 
+import ctypes
 import subprocess
 import sys
+import weakref
+from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,9 +15,17 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
+from served import Served
 
 import cupy_pagedkv.backend as backend
-from cupy_pagedkv import BlockAllocator, LayeredPagedKVCache, PagedKVCache, gather_cache, reshape_and_cache
+from cupy_pagedkv import (
+    BlockAllocator,
+    KVCacheManager,
+    LayeredPagedKVCache,
+    PagedKVCache,
+    gather_cache,
+    reshape_and_cache,
+)
 from cupy_pagedkv.cuda_backend import CudaBackend, source_of
 from cupy_pagedkv.emulator import RawKernel
 
@@ -65,11 +76,39 @@ class HostMemoryBackend(CudaBackend):
     def from_numpy(self, array: np.ndarray, device: Any) -> Any:
         return over(array)
 
+    def _empty_pinned(self, num_bytes: int) -> np.ndarray:
+        return np.empty(num_bytes, np.uint8)
+
+    def _copy_async(self, staged: np.ndarray, out: Any) -> Any:
+        ctypes.memmove(out.data.ptr, staged.ctypes.data, staged.nbytes)
+        return Event(done=True)
+
+
+class Event:
+    def __init__(self, done: bool) -> None:
+        self.done = done
+
 
 @pytest.fixture
-def host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def host_memory(monkeypatch: pytest.MonkeyPatch) -> HostMemoryBackend:
     instance = HostMemoryBackend()
     monkeypatch.setattr(backend, "_cuda", lambda: instance)
+    monkeypatch.setattr("cupy_pagedkv.cache.backend_on", lambda device: (instance, cupy.cuda.Device(0)))
+    return instance
+
+
+class HostMemory:
+    """The device of `Served` over CuPy arrays in host memory."""
+
+    name, of_caches, xp = "cupy", "cuda", cupy
+
+    def array(self, host: np.ndarray) -> Any:
+        return over(host)
+
+    def numpy(self, array: Any) -> np.ndarray:
+        assert isinstance(array, cupy.ndarray)
+        assert array.flags.c_contiguous
+        return np.frombuffer(ctypes.string_at(array.data.ptr, array.nbytes), array.dtype).reshape(array.shape)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn], ids=lambda d: d.__name__)
@@ -115,6 +154,67 @@ def test_a_cache_over_cupy_arrays(host_memory):
     cache = PagedKVCache.from_pools(pools[0], pools[1])
     assert cache.device == "cuda:0"
     assert [array.shape for array in over(np.zeros((3, 2, 6, 8, 2, 4)))] == [(2, 6, 8, 2, 4)] * 3
+
+
+def test_a_manager_over_cupy_arrays(host_memory):
+    """Prefix sharing, copy on write and buffers of a fixed place, through the launch code."""
+    served = Served(HostMemory(), 20)
+    first = served.run(range(40))
+    second = served.run(range(41))
+    assert second.num_cached_tokens == 32
+    fork = served.fork(first)
+    served.commit(served.prepare({fork: [1, 2], first: [3]}))
+    assert served.manager.stats().copies == 1
+    buffers = served.manager.buffers(num_seqs=3, num_tokens=20, max_blocks=6)
+    memory = buffers.slot_mapping.data.ptr
+    third = served.fork(first)
+    served.commit(served.prepare({third: [4], first: range(10)}, buffers))
+    assert served.manager.stats().copies == 2
+    assert buffers.slot_mapping.data.ptr == memory
+
+
+def test_memory_that_a_copy_still_reads_is_not_used_again(host_memory, monkeypatch, rng):
+    """A stream that gets to the copies late, and pinned memory that is handed out again as soon as it is let go."""
+    free: dict[int, list[bytearray]] = {}
+    stream: deque[tuple[np.ndarray, int, Event]] = deque()
+
+    def empty_pinned(num_bytes: int) -> np.ndarray:
+        held = free.setdefault(num_bytes, [])
+        memory = held.pop() if held else bytearray(num_bytes)
+        array = np.frombuffer(memory, np.uint8)
+        weakref.finalize(array, held.append, memory)
+        return array
+
+    def copy_async(staged: np.ndarray, out: Any) -> Event:
+        event = Event(done=False)
+        address = np.frombuffer(staged.base, np.uint8) if staged.base is not None else staged
+        stream.append((address, out.data.ptr, event))
+        return event
+
+    def catch_up(count: int) -> None:
+        for _ in range(min(count, len(stream))):
+            host, target, event = stream.popleft()
+            ctypes.memmove(target, host.ctypes.data, host.nbytes)
+            event.done = True
+
+    monkeypatch.setattr(host_memory, "_empty_pinned", empty_pinned)
+    monkeypatch.setattr(host_memory, "_copy_async", copy_async)
+    manager = KVCacheManager(LayeredPagedKVCache(1, 200, 16, 1, 4, "uint8", "cuda"))
+    sequence = manager.add([])
+    sent = []
+    for step in range(200):
+        batch = manager.prepare({sequence: [step] * 4})
+        sent.append((batch, sequence.block_table, 4 * step))
+        manager.commit(batch)
+        catch_up(rng.integers(0, 4))
+        assert len(host_memory._in_flight) <= len(stream) + 4
+    catch_up(len(stream))
+    for batch, table, start in sent:
+        positions = np.arange(start, start + 4)
+        arrays = map(HostMemory().numpy, (batch.positions, batch.slot_mapping, batch.block_tables))
+        expected = positions, table[positions // 16] * 16 + positions % 16, table[None]
+        assert [array.tolist() for array in arrays] == [array.tolist() for array in expected]
+    assert sum(map(len, free.values())) < 150  # it was used again
 
 
 def test_a_driver_that_is_not_there_is_no_gpu():
@@ -195,6 +295,37 @@ def test_a_captured_graph_replays_with_other_slots_and_lengths(gpu):
     expected = np.repeat([1, 1, 2, 0, 0, 0, 0, 0, 0, 2, 7, 7], 2 * 64).reshape(12, 2, 64)
     for array in out:
         assert np.array_equal(cupy.asnumpy(array), expected)
+
+
+def test_a_graph_over_a_managers_buffers(gpu):
+    """Captured once, it writes every later batch to its own slots, however far the host runs ahead."""
+    cache = LayeredPagedKVCache(2, 64, 16, 1, 64, np.float16, "cuda")
+    manager = KVCacheManager(cache)
+    sequences = [manager.add([]) for _ in range(8)]
+    key = cupy.zeros((8, 1, 64), np.float16)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        buffers = manager.buffers(num_seqs=8, num_tokens=8, max_blocks=8)
+
+        def step() -> None:
+            key[...] += 1
+            for layer in cache:
+                layer.update(key, key, buffers.slot_mapping)
+
+        step()
+        key[...] = 0
+        stream.begin_capture()
+        step()
+        graph = stream.end_capture()
+        for turn in range(100):
+            batch = manager.prepare({s: [turn] for s in sequences[: 1 + turn % 8]}, buffers=buffers)
+            graph.launch(stream)
+            manager.commit(batch)
+    stream.synchronize()
+    for i, sequence in enumerate(sequences):
+        k, _ = cache[1].gather(sequence.block_table[None], [sequence.num_tokens])
+        turns = [turn + 1 for turn in range(100) if turn % 8 >= i]
+        assert cupy.asnumpy(k[:, 0, 0]).tolist() == turns
 
 
 def test_importing_creates_no_context(gpu):

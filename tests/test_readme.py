@@ -34,7 +34,7 @@ def test_the_two_commands(command):
 def test_every_public_name_is_in_the_table():
     table = README[README.index("## What there is") : README.index("## Devices")]
     for name in set(cupy_pagedkv.__all__) - {"BlockAllocatorStats"}:
-        assert f"`{name}" in table
+        assert f"`{name}" in table, name
 
 
 def test_the_options_it_names_exist():

@@ -1,0 +1,703 @@
+"""Many sequences over one pool of blocks: prefix sharing, copy on write, rollback and eviction.
+
+>>> import numpy as np
+>>> from cupy_pagedkv import LayeredPagedKVCache
+>>> cache = LayeredPagedKVCache(
+...     num_layers=2, num_blocks=64, block_size=4, num_kv_heads=1, head_dim=8, dtype="float16", device="cpu"
+... )
+>>> manager = KVCacheManager(cache)
+>>> prompt = [11, 12, 13, 14, 15, 16]
+>>> first = manager.add(prompt)
+>>> with manager.prepare({first: prompt}) as batch:
+...     for layer in cache:
+...         layer.update(np.ones((6, 1, 8), np.float16), np.ones((6, 1, 8), np.float16), batch.slot_mapping)
+>>> second = manager.add(prompt)
+>>> second.num_cached_tokens, first.num_tokens
+(4, 6)
+>>> batch = manager.prepare({first: [17], second: prompt[4:]})
+>>> batch.seq_lens, batch.cu_seqlens, batch.positions, batch.slot_mapping
+(array([7, 6], dtype=int32), array([0, 1, 3], dtype=int32), array([6, 4, 5]), array([6, 8, 9]))
+>>> batch.block_tables
+array([[0, 1],
+       [0, 2]], dtype=int32)
+>>> manager.rollback(batch)
+
+The life of a sequence, in positions of its tokens::
+
+    add(tokens)      [0, num_cached_tokens)            in the pool already, in blocks shared with whoever wrote them
+    prepare(batch)   [num_tokens, num_tokens + new)    have slots, and the layers write their K and V
+    commit(batch)    [0, num_tokens)                   is in the cache: num_tokens has grown by new, or by what was
+                                                       accepted of it, and blocks now full are found by other prompts
+    rollback(batch)  [num_tokens, num_tokens + new)    are forgotten
+    free(sequence)   [0, 0)                            full blocks stay findable until they are needed
+
+        0          num_cached_tokens        num_tokens     num_tokens + new
+        |---- shared ----|------ written ------|---- prepared ----|.... rest of the last block
+
+All bookkeeping is on the host. The only work on the device is to send a batch's arrays there, and to copy a block that
+two sequences share before one of them writes to it; both are queued on CuPy's current stream, which has to be the one
+that the layers work on.
+"""
+
+from array import array
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from .backend import backend_of
+from .blocks import BlockTable, at_least
+from .cache import LayeredPagedKVCache
+from .pool import BlockPool, Node, Salt
+
+__all__ = ["Batch", "BatchBuffers", "KVCacheManager", "KVCacheStats", "Sequence"]
+
+Tokens: TypeAlias = "npt.NDArray[np.integer] | Iterable[int]"
+"""A NumPy array ``[n]`` of whole numbers or a list of ints, each from −2³¹ to 2³¹ − 1."""
+
+_Ints: TypeAlias = npt.NDArray[np.int64]
+
+
+class Sequence:
+    """A sequence of tokens in a :class:`KVCacheManager`, which makes it: ``manager.add(tokens)``.
+
+    As a context manager it is freed at the end.
+    """
+
+    __slots__ = ("__weakref__", "_batch", "_manager", "_num_cached", "_root", "_row")
+
+    def __init__(self, manager: "KVCacheManager", row: int, root: Node, num_cached: int) -> None:
+        self._manager: KVCacheManager | None = manager
+        self._row = row
+        self._root = root
+        self._num_cached = num_cached
+        self._batch: Batch | None = None
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """How many of its first tokens were in the pool when it was made."""
+        return self._num_cached
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose K and V are in the cache: shared or committed."""
+        return int(self._owner()._lengths[self._row])
+
+    @property
+    def block_table(self) -> npt.NDArray[np.int32]:
+        """Its blocks in logical order, those of an open batch among them; a copy on the host."""
+        return self._owner()._blocks_of(self._row).copy()
+
+    def fork(self) -> "Sequence":
+        """A second sequence with the same tokens, in the same blocks. No block is taken.
+
+        Whoever first writes to the last block, where it is not full, writes to a copy.
+
+        Raises ``ValueError`` while this sequence is in an open batch, or is freed.
+        """
+        return self._owner()._fork(self)
+
+    def truncate(self, num_tokens: int) -> None:
+        """Forget all tokens but the first ``num_tokens``, and let go of blocks that only the others needed.
+
+        What other sequences share stays theirs. Raises ``ValueError`` if there are fewer tokens, while this sequence is
+        in an open batch, or when it is freed.
+        """
+        self._owner()._truncate(self, num_tokens)
+
+    def __enter__(self) -> "Sequence":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._manager is not None:
+            if self._batch is not None:
+                self._manager.rollback(self._batch)
+            self._manager.free(self)
+
+    def __repr__(self) -> str:
+        if self._manager is None:
+            return "<Sequence, freed>"
+        return f"<Sequence of {self.num_tokens} tokens in blocks {self.block_table.tolist()}>"
+
+    def _owner(self) -> "KVCacheManager":
+        if self._manager is None:
+            raise ValueError("this sequence has been freed; add its tokens again")
+        return self._manager
+
+
+class BatchBuffers:
+    """The arrays of a batch, where the cache is, with room for as much as :meth:`KVCacheManager.buffers` was asked for.
+
+    Their addresses stay what they are, so that a CUDA graph that reads them can be replayed for each new batch.
+    """
+
+    slot_mapping: Any
+    """int64 ``[num_tokens]``: where the K and V of each new token go; −1 behind the last."""
+    positions: Any
+    """int64 ``[num_tokens]``: the position of each new token in its sequence; 0 behind the last."""
+    block_tables: Any
+    """int32 ``[num_seqs, max_blocks]``: each sequence's blocks, and −1 behind the last."""
+    seq_lens: Any
+    """int32 ``[num_seqs]``: tokens of each sequence, the new ones among them; 0 behind the last."""
+    cu_seqlens: Any
+    """int32 ``[num_seqs + 1]``: the new tokens of sequence i are those from ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``;
+    their number behind the last."""
+
+    def __init__(self, memory: Any, num_seqs: int, num_tokens: int, max_blocks: int, num_copies: int) -> None:
+        """Views of ``memory``, of ``num_bytes(…)`` bytes, on whatever device it is."""
+        self._memory = memory
+        self._sizes = (num_seqs, num_tokens, max_blocks, num_copies)
+        self.positions, self.slot_mapping = memory[: 16 * num_tokens].view(np.int64).reshape(2, num_tokens)
+        small = memory[16 * num_tokens :].view(np.int32)
+        at = num_seqs * max_blocks
+        self.block_tables = small[:at].reshape(num_seqs, max_blocks)
+        self.seq_lens = small[at : at + num_seqs]
+        self.cu_seqlens = small[at + num_seqs : at + 2 * num_seqs + 1]
+        self._copies = small[at + 2 * num_seqs + 1 :].reshape(2, num_copies)  # blocks from and to
+
+    @staticmethod
+    def num_bytes(num_seqs: int, num_tokens: int, max_blocks: int, num_copies: int) -> int:
+        """Bytes that all the arrays take."""
+        return 16 * num_tokens + 4 * (num_seqs * max_blocks + 2 * num_seqs + 1 + 2 * num_copies)
+
+    def _check_room(self, *wanted: int) -> None:
+        for name, has, needs in zip(("num_seqs", "num_tokens", "max_blocks"), self._sizes, wanted, strict=False):
+            if needs > has:
+                raise ValueError(f"the batch needs {name} {needs}, but the buffers were made for {has}")
+
+    def _pad(self) -> None:
+        self._memory[:] = 0
+        self.slot_mapping[:] = -1
+        self.block_tables[:] = -1
+
+
+class Batch:
+    """The next tokens of some sequences, with room for their K and V: what :meth:`KVCacheManager.prepare` returns.
+
+    ``slot_mapping``, ``positions``, ``block_tables``, ``seq_lens`` and ``cu_seqlens`` are as in :class:`BatchBuffers`,
+    where the cache is, of the sizes that the batch has, unless buffers were given. As a context manager it is committed
+    at the end, or rolled back if an exception comes.
+    """
+
+    slot_mapping: Any
+    positions: Any
+    block_tables: Any
+    seq_lens: Any
+    cu_seqlens: Any
+
+    def __init__(
+        self,
+        manager: "KVCacheManager",
+        sequences: tuple[Sequence, ...],
+        rows: _Ints,
+        tokens: npt.NDArray[np.int32],
+        starts: _Ints,
+        counts: _Ints,
+    ) -> None:
+        self.sequences = sequences
+        """In the order of the arrays."""
+        self._manager = manager
+        self._rows = rows
+        self._tokens = tokens
+        self._starts = starts
+        self._counts = counts
+        # Of each new token: the index of its sequence, and its position there.
+        self._index = np.repeat(np.arange(len(rows)), counts)
+        self._first = np.cumsum(counts) - counts
+        self._positions = np.arange(len(tokens)) + (starts - self._first)[self._index]
+        self._end = ""  # how it ended
+
+    def _fill(self, host: BatchBuffers, tables: npt.NDArray[np.int32], block_size: int) -> None:
+        """Everything but the block tables."""
+        num_seqs, num_tokens = len(self._rows), len(self._tokens)
+        host.positions[:num_tokens] = self._positions
+        columns, offsets = np.divmod(self._positions, block_size)
+        slots = host.slot_mapping[:num_tokens]
+        slots[:] = tables[self._index, columns]
+        slots *= block_size
+        slots += offsets
+        host.seq_lens[:num_seqs] = self._starts + self._counts
+        host.cu_seqlens[:num_seqs] = self._first
+        host.cu_seqlens[num_seqs:] = num_tokens
+
+    def _open(self, arrays: BatchBuffers) -> None:
+        self.slot_mapping = arrays.slot_mapping
+        self.positions = arrays.positions
+        self.block_tables = arrays.block_tables
+        self.seq_lens = arrays.seq_lens
+        self.cu_seqlens = arrays.cu_seqlens
+        for sequence in self.sequences:
+            sequence._batch = self
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens, of all sequences."""
+        return len(self._tokens)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __repr__(self) -> str:
+        return f"<Batch of {self.num_tokens} tokens of {len(self)} sequences, {self._end or 'open'}>"
+
+    def __enter__(self) -> "Batch":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not self._end:
+            if kind is None:
+                self._manager.commit(self)
+            else:
+                self._manager.rollback(self)
+
+
+@dataclass(frozen=True, slots=True)
+class KVCacheStats:
+    """What :meth:`KVCacheManager.stats` found. Blocks and sequences are those of the moment, the rest are totals."""
+
+    total_blocks: int
+    free_blocks: int
+    """That hold nothing of worth."""
+    live_blocks: int
+    """That sequences own."""
+    cached_blocks: int
+    """That no sequence owns, but that are found by their tokens until they are needed."""
+    num_sequences: int
+    prompts: int
+    """Calls of ``add``."""
+    hits: int
+    """Those that found at least one block."""
+    prompt_tokens: int
+    """Tokens that ``add`` was given."""
+    tokens_saved: int
+    """Those of them that need no computing."""
+    evictions: int
+    """Cached blocks that were taken for other tokens."""
+    copies: int
+    """Blocks copied because another sequence shared them."""
+
+    @property
+    def utilisation(self) -> float:
+        """The share of the pool's blocks that sequences own."""
+        return self.live_blocks / self.total_blocks
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of the prompts' tokens that need no computing."""
+        return self.tokens_saved / max(1, self.prompt_tokens)
+
+
+class KVCacheManager:
+    """Sequences over the blocks of a :class:`~cupy_pagedkv.LayeredPagedKVCache`, all of which it hands out itself.
+
+    With ``prefix_caching``, a new sequence shares the full blocks that hold its first tokens already, whether their
+    sequence lives or is gone. A match is exact: all tokens before the block, and the salt, are compared, not hashed.
+
+    A call that raises leaves everything as it was. Not thread-safe. The cost of a call hangs on what it is given, not
+    on the size of the pool or on how many sequences there are, but for :meth:`check_integrity`.
+
+    >>> cache = LayeredPagedKVCache(1, 8, 4, num_kv_heads=1, head_dim=2, dtype="float16", device="cpu")
+    >>> manager = KVCacheManager(cache)
+    >>> sequence = manager.add([1, 2, 3])
+    >>> manager.commit(manager.prepare({sequence: [1, 2, 3]}))
+    >>> draft = manager.prepare({sequence: [4, 5, 6]})  # a speculative run, of which one token is accepted
+    >>> manager.commit(draft, accepted={sequence: 1})
+    >>> branch = sequence.fork()
+    >>> sequence.num_tokens, branch.num_tokens, manager.stats().live_blocks
+    (4, 4, 1)
+    >>> manager.free(sequence)
+    """
+
+    def __init__(self, cache: LayeredPagedKVCache, *, prefix_caching: bool = True) -> None:
+        self._cache = cache
+        self._prefix_caching = prefix_caching
+        self._block_size = cache.block_size
+        self._pool = BlockPool(cache.num_blocks, cache.block_size)
+        # A row for each sequence. Blocks from `_num_blocks` on, and tokens from the length on, are anything.
+        self._lengths = np.zeros(0, np.int64)
+        self._num_blocks = np.zeros(0, np.int64)
+        self._tables = np.empty((0, 8), np.int32)
+        self._tails = np.empty((0, self._block_size), np.int32)  # the tokens in the last block, where it is not full
+        self._sequences: set[Sequence] = set()
+        self._free_rows: list[int] = []
+        self._prompts = self._hits = self._prompt_tokens = self._tokens_saved = self._copies = 0
+
+    @property
+    def num_available_blocks(self) -> int:
+        """Blocks that could be taken at this moment: the free and the cached ones."""
+        return self._pool.num_available
+
+    def add(self, tokens: Tokens, *, salt: Salt = None) -> Sequence:
+        """A new sequence that is going to begin with ``tokens``; no block is taken, and nothing is written yet.
+
+        Full blocks that hold the first of them are shared: ``num_cached_tokens`` of the sequence says how many tokens
+        that are, and is less than all of them, because somebody has to compute the next token. The others are to be
+        given to :meth:`prepare`, in as many pieces as suits.
+
+        salt
+            Sequences share only with those of an equal salt (of the same type), such as the name of a tenant or of a
+            LoRA adapter.
+
+        Raises ``TypeError`` or ``ValueError`` for what are no tokens, or no salt.
+        """
+        prompt = _as_tokens(tokens)
+        if not isinstance(salt, str | bytes | int | None):
+            raise TypeError(f"salt must be a str, bytes, an int or None, got {type(salt).__name__}")
+        root = self._pool.root(salt)
+        findable = max(0, len(prompt) - 1) // self._block_size * self._block_size if self._prefix_caching else 0
+        blocks = np.array(self._pool.find(root, self._chunks(prompt[:findable])), np.int32)
+        num_cached = len(blocks) * self._block_size
+        sequence = self._new_sequence(root, num_cached, blocks)
+        self._prompts += 1
+        self._hits += num_cached > 0
+        self._prompt_tokens += len(prompt)
+        self._tokens_saved += num_cached
+        return sequence
+
+    def prepare(self, new_tokens: Mapping[Sequence, Tokens], *, buffers: BatchBuffers | None = None) -> Batch:
+        """Room for the next tokens of each sequence: a prompt, a piece of one, one decoded token, a speculative run.
+
+        new_tokens
+            For each sequence the tokens that come behind its ``num_tokens``.
+        buffers
+            Of :meth:`buffers`; they become the batch's arrays, and what they hold is overwritten in the order of the
+            current stream.
+
+        Until the batch is committed or rolled back, its sequences cannot be in another, nor forked, truncated or freed.
+
+        Raises :class:`~cupy_pagedkv.OutOfBlocksError` if the blocks do not suffice for all of them, ``ValueError`` for
+        sequences that are freed, of another manager or in an open batch, and for more than the buffers hold,
+        ``TypeError`` and ``ValueError`` for what are no tokens. Cached blocks may be gone if a device fails, but
+        nothing else has changed.
+        """
+        sequences = tuple(new_tokens)
+        rows = self._rows_of(sequences)
+        counts, tokens = _joined(list(new_tokens.values()))
+        size = self._block_size
+        starts = self._lengths[rows]
+        ends = starts + counts
+        num_blocks, needed = -(-starts // size), -(-ends // size)
+        max_blocks = int(needed.max(initial=0))
+        if buffers is not None:
+            buffers._check_room(len(rows), len(tokens), max_blocks)
+        batch = Batch(self, sequences, rows, tokens, starts, counts)
+
+        # Who writes to a block that is begun already, and to which.
+        writers = np.flatnonzero((starts % size != 0) & (counts > 0))
+        begun = self._tables[rows[writers], starts[writers] // size]
+        copying = self._pool.writers_that_copy(begun)
+        copied, written = begun[copying], np.delete(begun, copying) if copying else begun
+        copiers = writers[copying]
+        # For each new block: whose it is, and its place in that table.
+        grown = needed - num_blocks
+        growing = np.flatnonzero(grown)
+        owners = np.repeat(growing, grown[growing])
+        columns = _ranges(num_blocks[growing], grown[growing])
+
+        self._widen(max_blocks)
+        taken = self._pool.take(len(owners) + len(copiers))
+        try:
+            seq = np.concatenate([owners, copiers])
+            column = np.concatenate([columns, starts[copiers] // size])
+            sizes = (len(rows), len(tokens), max_blocks, len(copied)) if buffers is None else buffers._sizes
+            host = self._staged(*sizes)
+            if buffers is not None:
+                host._pad()
+            tables = host.block_tables[: len(rows), :max_blocks]
+            tables[...] = self._tables[rows, :max_blocks]
+            columns32, needed32 = np.arange(max_blocks, dtype=np.int32), needed.astype(np.int32)
+            np.copyto(tables, -1, where=columns32 >= needed32[:, None])  # half the time of int64
+            tables[seq, column] = taken
+            batch._fill(host, tables, size)
+            host._copies[:, : len(copied)] = copied, taken[len(owners) :]
+            arrays = self._send(host, buffers)
+            if len(copied):
+                self._cache.copy_blocks(*arrays._copies[:, : len(copied)])
+        except BaseException:
+            self._pool.release(taken)
+            raise
+
+        self._tables[rows[seq], column] = taken
+        self._num_blocks[rows] = needed
+        for i in range(len(copied)):
+            self._pool.release(copied[i : i + 1])  # one by one: two may have copied one block
+        self._pool.forget(written.tolist())  # their only owner is about to write to them
+        self._copies += len(copied)
+        batch._open(arrays)
+        return batch
+
+    def commit(self, batch: Batch, accepted: Mapping[Sequence, int] | None = None) -> None:
+        """Say that the layers have written the K and V of a batch, or that this work is queued on the current stream.
+
+        The sequences grow by the batch's tokens, and blocks that are now full can be shared.
+
+        accepted
+            How many of its new tokens to keep, the first ones, for sequences that do not keep them all.
+
+        Raises ``ValueError`` for a batch that has ended already or is another manager's, for sequences that are not in
+        it and for more tokens than they have in it.
+        """
+        self._check_open(batch)
+        kept = batch._counts if accepted is None else self._accepted(batch, accepted)
+        ends = batch._starts + kept
+        if self._prefix_caching:
+            self._remember(batch, ends)
+        self._lengths[batch._rows] = ends
+        self._close(batch, "committed")
+
+    def rollback(self, batch: Batch) -> None:
+        """Drop a batch: its sequences are what they were before, whatever the layers have written.
+
+        Only a copy of a shared block that was made for it is kept, by the sequence for which it was made.
+
+        Raises ``ValueError`` for a batch that has ended already or is another manager's.
+        """
+        self._check_open(batch)
+        self._close(batch, "rolled back")
+
+    def free(self, sequence: Sequence) -> None:
+        """Let go of all its blocks. Those that no other sequence owns are free, or found by their tokens until they are
+        needed: first those that were let go longest ago, and of one sequence the last block first.
+
+        Raises ``ValueError`` for a sequence that is freed already, of another manager, or in an open batch.
+        """
+        row = int(self._rows_of((sequence,))[0])
+        self._pool.release(self._blocks_of(row))
+        self._num_blocks[row] = self._lengths[row] = 0
+        self._free_rows.append(row)
+        self._sequences.remove(sequence)
+        sequence._manager = None
+        del sequence._root  # and with it a salt that nobody uses any more
+
+    def buffers(self, num_seqs: int, num_tokens: int, max_blocks: int) -> BatchBuffers:
+        """Arrays on the cache's device for all batches of at most so many sequences, new tokens in all, and blocks of
+        one sequence: for a CUDA graph, which reads from where it read when it was captured.
+
+        Until :meth:`prepare` fills them they are padding: nothing is written, and no sequence has a token.
+        """
+        num_seqs = at_least(1, "num_seqs", num_seqs)
+        num_tokens, max_blocks = at_least(1, "num_tokens", num_tokens), at_least(1, "max_blocks", max_blocks)
+        host = self._staged(num_seqs, num_tokens, max_blocks, num_seqs)
+        host._pad()
+        return self._send(host)
+
+    def reset_prefix_cache(self) -> None:
+        """Let no block be found any more, as is right when the model's weights have changed.
+
+        Raises ``RuntimeError`` while sequences own blocks.
+        """
+        live = self._pool.num_blocks - self._pool.num_available
+        if live:
+            raise RuntimeError(f"{live} blocks belong to live sequences; free all {len(self._sequences)} of them first")
+        self._pool.clear()
+
+    def stats(self) -> KVCacheStats:
+        """All counts, as of this moment."""
+        pool = self._pool
+        return KVCacheStats(
+            total_blocks=pool.num_blocks,
+            free_blocks=pool.num_available - pool.num_cached,
+            live_blocks=pool.num_blocks - pool.num_available,
+            cached_blocks=pool.num_cached,
+            num_sequences=len(self._sequences),
+            prompts=self._prompts,
+            hits=self._hits,
+            prompt_tokens=self._prompt_tokens,
+            tokens_saved=self._tokens_saved,
+            evictions=pool.evictions,
+            copies=self._copies,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise ``RuntimeError`` unless all adds up: free + live + cached blocks are the pool, each live block is in as
+        many tables as it counts owners, and what is found is where it is said to be. Walks the whole pool."""
+        owners = np.zeros(self._pool.num_blocks, np.int64)
+        for sequence in self._sequences:
+            blocks, length = self._blocks_of(sequence._row), int(self._lengths[sequence._row])
+            needed = BlockTable.blocks_needed(length, self._block_size)
+            if len(blocks) < needed or (sequence._batch is None and len(blocks) > needed):
+                raise RuntimeError(f"a sequence of {length} tokens has {len(blocks)} blocks, and should have {needed}")
+            owners[blocks] += 1
+        self._pool.check(owners)
+        rows = sorted([*self._free_rows, *(sequence._row for sequence in self._sequences)])
+        if rows != list(range(len(self._lengths))):
+            raise RuntimeError(f"{len(self._free_rows)} free and {len(self._sequences)} used rows are not all rows")
+
+    def _fork(self, sequence: Sequence) -> Sequence:
+        row = int(self._rows_of((sequence,))[0])
+        length = int(self._lengths[row])
+        fork = self._new_sequence(sequence._root, length, self._blocks_of(row))
+        self._tails[fork._row] = self._tails[row]
+        return fork
+
+    def _truncate(self, sequence: Sequence, num_tokens: int) -> None:
+        row = int(self._rows_of((sequence,))[0])
+        length = int(self._lengths[row])
+        if at_least(0, "num_tokens", num_tokens) > length:
+            raise ValueError(f"cannot truncate to {num_tokens} tokens: the sequence has {length}")
+        last, offset = divmod(num_tokens, self._block_size)
+        if offset and last < length // self._block_size and self._prefix_caching:
+            # A full block becomes the last one and is not full any more; its tokens are in the trie.
+            chunk, _ = self._pool.remembered(int(self._tables[row, last]))
+            self._tails[row] = np.frombuffer(chunk, np.int32)
+        self._lengths[row] = num_tokens
+        self._shrink(row)
+
+    def _shrink(self, row: int) -> None:
+        """Let go of the blocks that the row's tokens do not need."""
+        needed = -(-int(self._lengths[row]) // self._block_size)
+        self._pool.release(self._blocks_of(row)[needed:])
+        self._num_blocks[row] = needed
+
+    def _blocks_of(self, row: int) -> npt.NDArray[np.int32]:
+        return self._tables[row, : self._num_blocks[row]]
+
+    def _new_sequence(self, root: Node, length: int, blocks: npt.NDArray[np.int32]) -> Sequence:
+        if not self._free_rows:
+            self._add_rows()
+        self._widen(len(blocks))
+        self._pool.share(blocks)
+        row = self._free_rows.pop()
+        self._tables[row, : len(blocks)] = blocks
+        self._num_blocks[row] = len(blocks)
+        self._lengths[row] = length
+        sequence = Sequence(self, row, root, length)
+        self._sequences.add(sequence)
+        return sequence
+
+    def _add_rows(self) -> None:
+        had = len(self._lengths)
+        more = max(8, had)
+        self._lengths, self._num_blocks, self._tables, self._tails = (
+            np.concatenate([rows, np.zeros((more, *rows.shape[1:]), rows.dtype)])
+            for rows in (self._lengths, self._num_blocks, self._tables, self._tails)
+        )
+        self._free_rows = list(range(had, had + more))[::-1]
+
+    def _widen(self, max_blocks: int) -> None:
+        """Give all tables at least ``max_blocks`` columns."""
+        height, width = self._tables.shape
+        if max_blocks > width:
+            wider = np.empty((height, max(max_blocks, 2 * width)), np.int32)
+            for row in np.flatnonzero(self._num_blocks).tolist():  # memory that nobody touches is not there
+                wider[row, : self._num_blocks[row]] = self._blocks_of(row)
+            self._tables = wider
+
+    def _chunks(self, tokens: npt.NDArray[np.int32]) -> list[bytes]:
+        """Tokens that fill blocks, as the bytes of each block."""
+        return tokens.view(f"V{tokens.itemsize * self._block_size}").tolist() if len(tokens) else []
+
+    def _rows_of(self, sequences: tuple[Sequence, ...]) -> _Ints:
+        """Where the sequences are, if all of them are this manager's and in no open batch."""
+        try:
+            for sequence in sequences:
+                if sequence._manager is not self or sequence._batch is not None:
+                    mine = sequence._owner() is self
+                    state = "is in an open batch; commit it or roll it back first" if mine else "is another manager's"
+                    raise ValueError(f"this sequence {state}")
+            return np.array([sequence._row for sequence in sequences], np.int64)
+        except AttributeError:
+            raise TypeError(f"expected a Sequence, which add() returns, got {type(sequence).__name__}") from None
+
+    def _staged(self, *sizes: int) -> BatchBuffers:
+        """Arrays on the host, to be filled and sent."""
+        backend = backend_of(("the cache",), self._cache[0].k_cache)
+        return BatchBuffers(backend.staging(BatchBuffers.num_bytes(*sizes)), *sizes)
+
+    def _send(self, host: BatchBuffers, buffers: BatchBuffers | None = None) -> BatchBuffers:
+        """The same arrays where the cache is, in one transfer."""
+        pool = self._cache[0].k_cache
+        memory = backend_of(("the cache",), pool).send(
+            host._memory, pool.device, None if buffers is None else buffers._memory
+        )
+        if buffers is not None:
+            return buffers
+        return host if memory is host._memory else BatchBuffers(memory, *host._sizes)
+
+    def _check_open(self, batch: Batch) -> None:
+        if not isinstance(batch, Batch):
+            raise TypeError(f"expected a Batch, which prepare() returns, got {type(batch).__name__}")
+        if batch._manager is not self:
+            raise ValueError("this batch belongs to another manager")
+        if batch._end:
+            raise ValueError(f"this batch has been {batch._end} already")
+
+    def _accepted(self, batch: Batch, accepted: Mapping[Sequence, int]) -> _Ints:
+        """How many new tokens of each sequence are kept."""
+        kept = batch._counts.copy()
+        index = {sequence: i for i, sequence in enumerate(batch.sequences)}
+        for sequence, count in accepted.items():
+            if sequence not in index:
+                raise ValueError(f"{sequence!r} is in accepted, but not in the batch")
+            i = index[sequence]
+            if at_least(0, "accepted", count) > kept[i]:
+                raise ValueError(f"{count} tokens accepted of a sequence with {kept[i]} in the batch")
+            kept[i] = count
+        return kept
+
+    def _remember(self, batch: Batch, ends: _Ints) -> None:
+        """Let the blocks that a batch fills be found, and keep the tokens in last blocks that are not full."""
+        size, pool = self._block_size, self._pool
+        begun = batch._starts // size
+        # The tokens that go on where a block was begun, of all sequences at once: in a decode step these are all.
+        inside = batch._positions < np.minimum(ends, (begun + 1) * size)[batch._index]
+        self._tails[batch._rows[batch._index[inside]], batch._positions[inside] % size] = batch._tokens[inside]
+        for i in np.flatnonzero(ends // size > begun).tolist():
+            sequence, row, column, end = batch.sequences[i], batch._rows[i], int(begun[i]), int(ends[i])
+            first = int(batch._first[i] - batch._starts[i])  # where position 0 would be in the batch
+            later, full = (column + 1) * size, end // size
+            chunks = [self._tails[row].tobytes(), *self._chunks(batch._tokens[first + later : first + full * size])]
+            node = pool.remembered(int(self._tables[row, column - 1]))[1] if column else sequence._root
+            for block, chunk in zip(self._tables[row, column:full].tolist(), chunks, strict=True):
+                node = pool.remember(block, node, chunk)
+            self._tails[row, : end - full * size] = batch._tokens[first + full * size : first + end]
+
+    def _close(self, batch: Batch, end: str) -> None:
+        rows = batch._rows
+        for row in rows[self._num_blocks[rows] * self._block_size >= self._lengths[rows] + self._block_size].tolist():
+            self._shrink(row)
+        for sequence in batch.sequences:
+            sequence._batch = None
+        batch._end = end
+
+
+def _ranges(starts: _Ints, counts: _Ints) -> _Ints:
+    """``starts[i]``, ``starts[i] + 1``, … ``starts[i] + counts[i] − 1`` for each i, one behind the other."""
+    first = np.cumsum(counts) - counts
+    shifts: _Ints = np.repeat(starts - first, counts)
+    return np.arange(len(shifts)) + shifts
+
+
+def _as_tokens(tokens: Any) -> npt.NDArray[np.int32]:
+    """Tokens as int32 ``[n]``: whole numbers that fit."""
+    if isinstance(tokens, np.ndarray):
+        if tokens.dtype.kind not in "iu" or tokens.ndim != 1:
+            raise TypeError(f"tokens must be whole numbers on one axis, got {tokens.dtype} of shape {tokens.shape}")
+        narrow = np.ascontiguousarray(tokens, np.int32)
+        if (narrow != tokens).any():
+            raise ValueError(f"tokens must be from -2**31 to 2**31 - 1, got {tokens[narrow != tokens][0]}")
+        return narrow
+    if hasattr(tokens, "__cuda_array_interface__"):
+        raise TypeError("tokens must be on the host, got an array on a GPU; copy it with cupy.asnumpy")
+    try:
+        return np.asarray(array("i", tokens if isinstance(tokens, list) else iter(tokens)))
+    except OverflowError:
+        raise ValueError("tokens must be from -2**31 to 2**31 - 1") from None
+    except TypeError as error:
+        raise TypeError(f"tokens must be a list of ints or a NumPy array on the host: {error}") from None
+
+
+def _joined(lists: list[Any]) -> tuple[_Ints, npt.NDArray[np.int32]]:
+    """The tokens of several sequences: how many of each, and all of them."""
+    if set(map(type, lists)) <= {list}:  # one conversion for all, in a decode step
+        joined = _as_tokens(chain.from_iterable(lists))
+    else:
+        lists = [_as_tokens(tokens) for tokens in lists]
+        joined = np.concatenate(lists)
+    return np.array(list(map(len, lists)), np.int64), joined

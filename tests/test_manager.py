@@ -1,0 +1,645 @@
+"""The rules of many sequences over one pool, one by one; ``test_manager_model`` mixes them."""
+
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from served import Served
+
+from cupy_pagedkv import KVCacheManager, LayeredPagedKVCache, OutOfBlocksError
+from cupy_pagedkv.numpy_backend import HostArrays
+from cupy_pagedkv.pool import BlockPool, _Queue
+
+
+class Host:
+    """The device of tests that are of bookkeeping alone."""
+
+    name, of_caches, xp = "numpy", "cpu", np
+
+    def array(self, array: np.ndarray) -> np.ndarray:
+        return array.copy()
+
+    numpy = array
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Served:
+    monkeypatch.setattr("cupy_pagedkv.backend.EMULATE", False)
+    return Served(Host(), 10)
+
+
+# What is shared
+
+
+def test_blocks_of_a_common_prefix_are_shared(served):
+    """vLLM's test_prefill: 55 tokens take four blocks; 48 of them and 7 others hit three and take one."""
+    first = served.run(range(55))
+    assert first.num_cached_tokens == 0
+    assert first.block_table.tolist() == [0, 1, 2, 3]
+    second = served.add([*range(48), *range(100, 107)])
+    assert second.num_cached_tokens == 48
+    assert served.owners() == {0: 2, 1: 2, 2: 2, 3: 1}
+    served.append(second, range(100, 107))
+    assert second.block_table.tolist() == [0, 1, 2, 4]
+    stats = served.manager.stats()
+    assert (stats.prompts, stats.hits, stats.prompt_tokens, stats.tokens_saved) == (2, 1, 110, 48)
+    assert (stats.live_blocks, stats.free_blocks, stats.cached_blocks, stats.utilisation) == (5, 5, 0, 0.5)
+    assert stats.hit_rate == 48 / 110
+
+
+@pytest.mark.parametrize(("length", "cached"), [(0, 0), (1, 0), (16, 0), (17, 16), (32, 16), (33, 32), (47, 32)])
+def test_a_full_hit_leaves_a_token_to_compute(served, length, cached):
+    served.run(range(48))
+    assert served.add(range(length)).num_cached_tokens == cached
+
+
+def test_only_full_blocks_and_only_when_they_are_written(served):
+    sequence = served.add(range(40))
+    batch = served.prepare({sequence: range(40)})
+    assert served.add(range(40)).num_cached_tokens == 0
+    served.rollback(batch)
+    assert served.add(range(40)).num_cached_tokens == 0
+    served.append(sequence, range(31))
+    assert served.add(range(40)).num_cached_tokens == 16
+    batch = served.prepare({sequence: [31]})
+    assert served.add(range(40)).num_cached_tokens == 16
+    served.commit(batch)
+    assert served.add(range(40)).num_cached_tokens == 32
+
+
+def test_rejected_tokens_are_never_found(served):
+    sequence = served.run(range(14))
+    served.commit(served.prepare({sequence: range(14, 36)}), {sequence: 1})
+    assert (sequence.num_tokens, len(sequence.block_table)) == (15, 1)
+    assert served.add(range(36)).num_cached_tokens == 0
+    served.append(sequence, [99])
+    assert served.add([*range(15), 99, 100]).num_cached_tokens == 16
+    assert served.add(range(36)).num_cached_tokens == 0
+
+
+def test_a_match_covers_all_tokens_before(served):
+    served.run([1] * 16 + [2] * 16)
+    assert served.add([3] * 16 + [2] * 17).num_cached_tokens == 0
+    assert served.add([2] * 17).num_cached_tokens == 0
+    assert served.add([1] * 16 + [2] * 17).num_cached_tokens == 32
+    assert hash(-1) == hash(-2)
+    served.run([-1] * 16)
+    assert served.add([-2] * 17).num_cached_tokens == 0
+
+
+def test_two_salts_never_share(served):
+    salts = [None, "a", "1", b"1", 1, True, 0, "", b"", -1, -2]
+    for salt in salts:
+        sequence = served.run(range(17), salt)
+        assert sequence.num_cached_tokens == 0
+        assert served.add(range(17), salt).num_cached_tokens == 16
+        for other in list(served.expected):
+            served.free(other)
+    for salt in salts[-5:]:  # the pool holds no more than these
+        assert served.add(range(17), salt).num_cached_tokens == 16
+
+
+def test_without_prefix_caching_nothing_is_shared(served):
+    served = Served(Host(), 10, prefix_caching=False)
+    first = served.run(range(40))
+    assert served.run(range(40)).num_cached_tokens == 0
+    served.truncate(first, 17)
+    fork = served.fork(first)
+    served.append(fork, range(20))
+    served.append(first, range(20))
+    served.free(first)
+    assert served.manager.stats().cached_blocks == 0
+
+
+# The order of reuse, and eviction
+
+
+def test_the_freed_tail_comes_back_before_the_head(served):
+    """vLLM's test_prefill and test_evict: free blocks go first, then what was let go longest ago, from its tail."""
+    first, second = served.run(range(80)), served.run(range(100, 148))
+    assert first.block_table.tolist() == [0, 1, 2, 3, 4]
+    assert second.block_table.tolist() == [5, 6, 7]
+    served.free(first)
+    served.free(second)
+    assert served.run(range(200, 310)).block_table.tolist() == [8, 9, 4, 3, 2, 1, 0]
+    assert served.manager.stats().evictions == 5
+    assert served.add(range(100, 149)).num_cached_tokens == 48
+
+
+def test_blocks_that_hold_nothing_findable_come_back_tail_first(served):
+    served = Served(Host(), 4, prefix_caching=False)
+    served.free(served.run(range(64)))
+    assert served.run(range(64)).block_table.tolist() == [3, 2, 1, 0]
+
+
+def test_a_hit_takes_blocks_out_of_the_queue_and_evicts_nothing(served):
+    served.free(served.run(range(48)))
+    served.free(served.run(range(100, 148)))
+    hit = served.run(range(49))
+    assert hit.num_cached_tokens == 48
+    assert served.manager.stats().evictions == 0
+    served.run(range(200, 296))  # takes all but the four live blocks, cached ones among them
+    assert served.manager.stats().live_blocks == 10
+    with pytest.raises(OutOfBlocksError, match="1 blocks wanted, 0 of 10 are free"):
+        served.append(hit, range(49, 65))
+
+
+def test_what_was_used_last_goes_last(served):
+    for stem in (0, 100, 200):
+        served.free(served.run(range(stem, stem + 48)))
+    served.free(served.run(range(49)))  # the first stem's three blocks, and the last free one
+    served.run(range(300, 364))
+    assert [served.add(range(stem, stem + 49)).num_cached_tokens for stem in (0, 100, 200)] == [48, 0, 48]
+
+
+def test_a_reused_block_is_not_found_under_its_old_tokens(served):
+    served.free(served.run(range(160)))
+    assert served.manager.stats().cached_blocks == 10
+    served.run(range(500, 660))
+    assert served.add(range(160)).num_cached_tokens == 0
+    assert served.add(range(500, 661)).num_cached_tokens == 160
+    assert served.manager.stats().evictions == 10
+
+
+def test_children_of_an_evicted_block_are_not_found_behind_a_new_one(served):
+    """The prefix is computed anew, in another block; what came behind the old one is not behind it."""
+    parent = served.run(range(32))
+    served.truncate(parent, 10)  # block 1 stays cached, and block 0 is going to be written to
+    served.append(parent, range(50, 56))
+    assert served.add(range(33)).num_cached_tokens == 0
+    assert served.run(range(16)).num_cached_tokens == 0
+    assert served.add(range(33)).num_cached_tokens == 16
+    assert served.add([*range(10), *range(50, 56), *range(16, 33)]).num_cached_tokens == 16
+
+
+def test_a_duplicate_neither_shadows_nor_orphans_the_first(served):
+    first, second, third = (served.add(range(33)) for _ in range(3))
+    served.commit(served.prepare({first: range(33), second: range(33), third: range(33)}))
+    assert [s.block_table.tolist() for s in (first, second, third)] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert served.add(range(33)).block_table.tolist() == [0, 1]
+    served.free(list(served.expected)[-1])
+    served.free(second)  # a duplicate that goes leaves the first, and is not kept
+    assert served.manager.stats().cached_blocks == 0
+    assert served.add(range(33)).block_table.tolist() == [0, 1]
+    served.free(list(served.expected)[-1])
+    served.free(first)  # and the first leaves its place to the one that is left
+    assert served.manager.stats().cached_blocks == 0
+    assert served.add(range(33)).block_table.tolist() == [6, 7]
+    served.append(third, range(33, 49))
+    assert served.add(range(50)).num_cached_tokens == 48
+
+
+def test_resetting_is_refused_while_sequences_live(served):
+    sequence = served.run(range(33))
+    with pytest.raises(RuntimeError, match="3 blocks belong to live sequences; free all 1 of them first"):
+        served.manager.reset_prefix_cache()
+    served.free(sequence)
+    assert served.manager.stats().cached_blocks == 2
+    served.manager.reset_prefix_cache()
+    assert served.manager.stats().free_blocks == 10
+    assert served.add(range(33)).num_cached_tokens == 0
+
+
+# Room
+
+
+def test_tokens_that_fit_take_no_block(served):
+    """vLLM's test_decode: 55 tokens and 4 more fit in four blocks, and 19 more take a fifth."""
+    sequence = served.run(range(55))
+    served.append(sequence, range(4))
+    assert len(sequence.block_table) == 4
+    served.append(sequence, range(19))
+    assert len(sequence.block_table) == 5
+    served.append(sequence, [])
+    served.append(sequence, range(160 - 78))  # to the last place of the last block
+    with pytest.raises(OutOfBlocksError):
+        served.append(sequence, [0])
+
+
+def test_all_sequences_or_none(served):
+    """`Served.prepare` sees that nothing has changed."""
+    served.free(served.run(range(48)))
+    hit, other = served.add(range(49)), served.run(range(100, 181))
+    with pytest.raises(OutOfBlocksError, match="3 blocks wanted, 1 of 10 are free") as caught:
+        served.prepare({hit: range(48, 64), other: range(200, 232)})
+    assert (caught.value.wanted, caught.value.free, caught.value.total) == (3, 1, 10)
+    assert served.owners()[0] == 1
+
+
+def test_a_copy_that_finds_no_block_leaves_the_fork_as_it_was(served):
+    parent = served.run(range(160 - 5))
+    fork = served.fork(parent)
+    with pytest.raises(OutOfBlocksError, match="1 blocks wanted, 0 of 10 are free"):
+        served.append(fork, [1])
+    with pytest.raises(OutOfBlocksError):
+        served.prepare({fork: [1], parent: [2]})
+    assert set(served.owners().values()) == {2}
+    served.free(parent)
+    served.append(fork, [1])
+    assert served.manager.stats().copies == 0
+
+
+def test_the_last_owner_writes_to_the_block_itself(served):
+    parent = served.run(range(20))
+    forks = [served.fork(parent) for _ in range(3)]
+    served.commit(served.prepare({s: [i] for i, s in enumerate([parent, *forks])}))
+    assert served.manager.stats().copies == 3
+    assert served.manager.stats().live_blocks == 5
+    served.append(parent, range(30))
+    assert served.manager.stats().copies == 3
+
+
+def test_a_rollback_keeps_the_copy_and_frees_the_rest(served):
+    parent = served.run(range(20))
+    fork = served.fork(parent)
+    served.rollback(served.prepare({fork: range(50)}))
+    assert (fork.num_tokens, len(fork.block_table)) == (20, 2)
+    assert served.manager.stats().live_blocks == 3
+    served.commit(served.prepare({fork: [1], parent: [2]}))
+    assert served.manager.stats().copies == 1
+
+
+def test_truncating_what_is_shared(served):
+    parent = served.run(range(40))
+    fork = served.fork(parent)
+    served.truncate(fork, 20)
+    assert fork.block_table.tolist() == [0, 1]
+    served.append(fork, [99])
+    assert fork.block_table.tolist() == [0, 3]
+    served.truncate(parent, 0)
+    assert parent.block_table.tolist() == []
+    assert served.add(range(41)).num_cached_tokens == 32
+
+
+def test_a_sequence_of_nothing(served):
+    empty = served.add([])
+    fork = served.fork(empty)
+    served.commit(served.prepare({empty: [], fork: [1]}))
+    assert (empty.num_tokens, fork.num_tokens) == (0, 1)
+    batch = served.prepare({})
+    assert (batch.num_tokens, len(batch), batch.block_tables.shape, batch.cu_seqlens.tolist()) == (0, 0, (0, 0), [0])
+    served.commit(batch)
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 16])
+def test_a_prompt_in_pieces(device, block_size):
+    served = Served(device, 120 // block_size, block_size)
+    sequence, tokens = served.add(range(60)), list(range(60))
+    for piece in (tokens[:1], tokens[1:7], tokens[7:40], tokens[40:]):
+        served.append(sequence, piece)
+    assert served.add(range(60)).num_cached_tokens == 59 // block_size * block_size
+    served.truncate(sequence, 33)
+    served.append(sequence, range(33, 60))
+
+
+# Batches
+
+
+def test_the_arrays_of_a_batch(device):
+    served = Served(device, 20)
+    first, second = served.run(range(15)), served.add(range(200, 240))
+    served.commit(served.prepare({second: range(200, 240), first: [1, 2]}))  # `Served` compares every array
+    batch = served.prepare({first: [3]})
+    assert device.numpy(batch.block_tables).tolist() == [[0, 4]]
+    assert device.numpy(batch.slot_mapping).tolist() == [4 * 16 + 1]
+    served.commit(batch)
+
+
+def test_buffers_keep_their_place(device):
+    """And so a graph that was captured once writes each batch where it belongs."""
+    served = Served(device, 20)
+    buffers = served.manager.buffers(num_seqs=4, num_tokens=40, max_blocks=3)
+    arrays = [buffers.slot_mapping, buffers.positions, buffers.block_tables, buffers.seq_lens, buffers.cu_seqlens]
+    padding = [device.numpy(array).tolist() for array in arrays]
+    assert padding == [[-1] * 40, [0] * 40, [[-1] * 3] * 4, [0] * 4, [0] * 5]
+    first, second = served.add(range(20)), served.add(range(100, 120))
+    for new in ({first: range(20)}, {second: range(100, 120), first: [20]}, {first: [21], second: range(18)}, {}):
+        batch = served.prepare(new, buffers)
+        mine = [batch.slot_mapping, batch.positions, batch.block_tables, batch.seq_lens, batch.cu_seqlens]
+        assert all(a is b for a, b in zip(mine, arrays, strict=True))
+        served.commit(batch)
+    fork = served.fork(first)
+    served.commit(served.prepare({fork: [1], first: [2]}, buffers))
+    assert served.manager.stats().copies == 1
+
+
+def test_what_does_not_fit_the_buffers(served):
+    buffers = served.manager.buffers(num_seqs=1, num_tokens=40, max_blocks=2)
+    first, second = served.run(range(3)), served.run(range(3))
+    before = served.state()
+    for new, message in (
+        ({first: [1], second: [1]}, "the batch needs num_seqs 2, but the buffers were made for 1"),
+        ({first: range(41)}, "the batch needs num_tokens 41, but the buffers were made for 40"),
+        ({first: range(30)}, "the batch needs max_blocks 3, but the buffers were made for 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            served.manager.prepare({s: list(tokens) for s, tokens in new.items()}, buffers=buffers)
+        assert served.state() == before
+    for sizes in ((0, 1, 1), (1, 0, 1), (1, 1, 0)):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            served.manager.buffers(*sizes)
+
+
+def test_two_batches_at_a_time(served):
+    first, second = served.add(range(20)), served.add(range(20))
+    one = served.prepare({first: range(20)})
+    two = served.prepare({second: range(20)})
+    served.commit(two)
+    served.rollback(one)
+    assert (first.num_tokens, second.num_tokens) == (0, 20)
+
+
+def test_a_batch_and_a_sequence_as_contexts(served):
+    manager = served.manager
+    with manager.add(range(20)) as sequence:
+        with manager.prepare({sequence: range(20)}) as batch:
+            pass
+        assert sequence.num_tokens == 20
+        with manager.prepare({sequence: range(4)}) as batch:
+            manager.commit(batch, {sequence: 3})
+        assert sequence.num_tokens == 23
+        with pytest.raises(KeyError), manager.prepare({sequence: range(4)}) as batch:
+            raise KeyError
+        assert sequence.num_tokens == 23
+        assert repr(batch) == "<Batch of 4 tokens of 1 sequences, rolled back>"
+        assert repr(sequence) == "<Sequence of 23 tokens in blocks [0, 1]>"
+    assert repr(sequence) == "<Sequence, freed>"
+    with manager.add(range(20)) as sequence:
+        manager.prepare({sequence: range(4)})  # and the end of the sequence is that of the batch
+    assert manager.stats().num_sequences == 0
+    with manager.add(range(20)) as sequence:
+        manager.free(sequence)
+    manager.check_integrity()
+
+
+# Misuse
+
+
+def test_a_freed_sequence(served):
+    sequence = served.run(range(20))
+    served.free(sequence)
+    for use in (
+        lambda: served.manager.free(sequence),
+        lambda: served.manager.prepare({sequence: [1]}),
+        sequence.fork,
+        lambda: sequence.truncate(0),
+        lambda: sequence.num_tokens,
+        lambda: sequence.block_table,
+    ):
+        with pytest.raises(ValueError, match="this sequence has been freed; add its tokens again"):
+            use()
+    served.check()
+
+
+def test_a_sequence_in_an_open_batch(served):
+    sequence, other = served.run(range(20)), served.run(range(5))
+    batch = served.prepare({sequence: [1]})
+    before = served.state()
+    for use in (
+        lambda: served.manager.free(sequence),
+        lambda: served.manager.prepare({other: [1], sequence: [1]}),
+        sequence.fork,
+        lambda: sequence.truncate(0),
+    ):
+        with pytest.raises(ValueError, match="this sequence is in an open batch; commit it or roll it back first"):
+            use()
+        assert served.state() == before
+    served.commit(batch)
+
+
+def test_a_batch_ends_once(served):
+    sequence = served.run(range(20))
+    for end, name in ((served.commit, "committed"), (served.rollback, "rolled back")):
+        batch = served.prepare({sequence: [1]})
+        end(batch)
+        for again in (served.manager.commit, served.manager.rollback):
+            with pytest.raises(ValueError, match=f"this batch has been {name} already"):
+                again(batch)
+    served.check()
+
+
+def test_what_is_anothers(served):
+    other = Served(Host(), 4)
+    mine, foreign = served.run(range(5)), other.run(range(5))
+    batch = other.prepare({foreign: [1]})
+    before = served.state()
+    for end in (served.manager.commit, served.manager.rollback):
+        with pytest.raises(ValueError, match="this batch belongs to another manager"):
+            end(batch)
+        with pytest.raises(TypeError, match=r"expected a Batch, which prepare\(\) returns, got dict"):
+            end({})
+    other.rollback(batch)
+    for use in (lambda: served.manager.free(foreign), lambda: served.manager.prepare({mine: [1], foreign: [1]})):
+        with pytest.raises(ValueError, match="this sequence is another manager's"):
+            use()
+    with pytest.raises(TypeError, match=r"expected a Sequence, which add\(\) returns, got int"):
+        served.manager.prepare({3: [1]})
+    assert served.state() == before
+
+
+def test_what_is_accepted(served):
+    sequence, other = served.run(range(20)), served.run(range(5))
+    batch = served.prepare({sequence: [1, 2]})
+    before = served.state()
+    for accepted, error, message in (
+        ({sequence: 3}, ValueError, "3 tokens accepted of a sequence with 2 in the batch"),
+        ({sequence: -1}, ValueError, "accepted must be at least 0, got -1"),
+        ({sequence: 1.5}, TypeError, "accepted must be a whole number, got 1.5"),
+        ({other: 0}, ValueError, r"<Sequence of 5 tokens in blocks \[2\]> is in accepted, but not in the batch"),
+    ):
+        with pytest.raises(error, match=message):
+            served.manager.commit(batch, accepted)
+        assert served.state() == before
+    served.commit(batch, {sequence: 0})
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "message"),
+    [
+        (5, TypeError, "tokens must be a list of ints or a NumPy array on the host: 'int' object is not iterable"),
+        ([1.5], TypeError, "list of ints .* 'float' object cannot be interpreted as an integer"),
+        (["a"], TypeError, "list of ints"),
+        ([[1]], TypeError, "list of ints"),
+        ([2**31], ValueError, r"tokens must be from -2\*\*31 to 2\*\*31 - 1"),
+        (np.array([1.0]), TypeError, r"tokens must be whole numbers on one axis, got float64 of shape \(1,\)"),
+        (np.array([True]), TypeError, "got bool"),
+        (np.array([[1]]), TypeError, r"got int64 of shape \(1, 1\)"),
+        (np.array([1, -(2**31) - 1]), ValueError, "got -2147483649"),
+        (np.array([2**64 - 1], np.uint64), ValueError, "got 18446744073709551615"),
+    ],
+)
+def test_what_are_no_tokens(served, tokens, error, message):
+    sequence, other = served.run(range(5)), served.run([])
+    before = served.state()
+    for use in (
+        lambda: served.manager.add(tokens),
+        lambda: served.manager.prepare({sequence: tokens}),
+        lambda: served.manager.prepare({sequence: [1], other: tokens}),
+    ):
+        with pytest.raises(error, match=message):
+            use()
+    assert served.state() == before
+
+
+def test_tokens_of_any_whole_numbers(served):
+    sequence = served.run(range(17))
+    for kind in (list, tuple, np.array, iter, lambda tokens: np.array(tokens, np.uint8)):
+        assert served.manager.add(kind(list(range(17)))).num_cached_tokens == 16
+    strided = np.arange(34)[::2] // 2
+    assert served.manager.add(strided).num_cached_tokens == 16
+    batch = served.manager.prepare({sequence: np.array([1, 2], np.int16), served.manager.add([]): [3]})
+    assert batch.cu_seqlens.tolist() == [0, 2, 3]
+
+
+def test_tokens_on_a_gpu_are_refused(served):
+    class OnGpu:
+        __cuda_array_interface__ = {}  # noqa: RUF012
+
+    with pytest.raises(TypeError, match="tokens must be on the host, got an array on a GPU; copy it with cupy.asnumpy"):
+        served.manager.add(OnGpu())
+
+
+def test_what_is_no_salt(served):
+    for salt in (1.0, ("a",), [1]):
+        with pytest.raises(TypeError, match="salt must be a str, bytes, an int or None, got (float|tuple|list)"):
+            served.manager.add([1], salt=salt)
+    assert served.manager.stats().num_sequences == 0
+
+
+def test_truncating_to_what_is_not_there(served):
+    sequence = served.run(range(20))
+    before = served.state()
+    with pytest.raises(ValueError, match="cannot truncate to 21 tokens: the sequence has 20"):
+        sequence.truncate(21)
+    with pytest.raises(ValueError, match="num_tokens must be at least 0, got -1"):
+        sequence.truncate(-1)
+    assert served.state() == before
+
+
+@pytest.mark.parametrize("fails", ["send", "staging", "copy_blocks"])
+def test_a_device_that_fails_leaves_everything(served, monkeypatch, fails):
+    parent = served.run(range(20))
+    fork = served.fork(parent)
+    before = served.state()
+
+    def failing(*_: Any) -> None:
+        raise MemoryError("the device is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayeredPagedKVCache if fails == "copy_blocks" else HostArrays, fails, failing)
+        with pytest.raises(MemoryError):
+            served.manager.prepare({fork: list(range(40)), parent: [1]})
+    after = served.state()
+    assert [after[i] for i in (0, 1, 2, 3, 4)] == [before[i] for i in (0, 1, 2, 3, 4)]
+    served.commit(served.prepare({fork: [1], parent: [2]}))
+
+
+def test_integrity_states_its_numbers(served):
+    served.run(range(40))
+    manager = served.manager
+    pool = manager._pool
+    pool._owners[0] += 1
+    with pytest.raises(RuntimeError, match="block 0 counts 2 owners, but 1 hold it"):
+        manager.check_integrity()
+    pool._owners[0] -= 1
+    pool._allocator.allocate(1)
+    with pytest.raises(RuntimeError, match="6 free \\+ 3 live \\+ 0 cached blocks are not the pool's 10"):
+        manager.check_integrity()
+    pool._allocator.free([3])
+    pool._place[5] = pool._place[0]
+    with pytest.raises(RuntimeError, match="block 5 is remembered, but its tokens lead to block 0"):
+        manager.check_integrity()
+    pool._place[5] = None
+    manager._num_blocks[next(iter(served.expected))._row] += 1
+    with pytest.raises(RuntimeError, match="a sequence of 40 tokens has 4 blocks, and should have 3"):
+        manager.check_integrity()
+
+
+# Cost
+
+
+def test_nothing_walks_all_blocks():
+    """The steps that Python makes are as many in a pool of a hundred times the size."""
+
+    def calls(num_blocks: int) -> int:
+        cache = LayeredPagedKVCache(1, num_blocks, 16, 1, 1, "uint8", "cpu")
+        manager = KVCacheManager(cache)
+        count = 0
+
+        def counting(*_: Any) -> None:
+            nonlocal count
+            count += 1
+
+        sys.setprofile(counting)
+        try:
+            sequences = [manager.add(list(range(i, i + 100))) for i in range(5)]
+            manager.commit(manager.prepare({s: list(range(i, i + 100)) for i, s in enumerate(sequences)}))
+            for sequence in sequences:
+                manager.free(sequence)
+            manager.add(list(range(100))).fork().truncate(33)
+            manager.stats()
+        finally:
+            sys.setprofile(None)
+        return count
+
+    assert calls(100) == calls(10_000)
+
+
+def test_many_sequences_come_and_go(served):
+    """Rows are used again, and tables grow."""
+    sequences = [served.manager.add([]) for _ in range(100)]
+    for sequence in sequences:
+        served.manager.free(sequence)
+    again = [served.manager.add([]) for _ in range(100)]
+    assert len(served.manager._lengths) == 128
+    served.manager.check_integrity()
+    for sequence in again:
+        served.manager.free(sequence)
+    served = Served(Host(), 300, 1)
+    short, long = served.run([1]), served.run(range(290))
+    served.append(short, [2])
+    served.append(long, [3])
+
+
+# The pool itself
+
+
+def test_a_queue_keeps_its_order(rng):
+    """As vLLM's tests of its free queue: from the front, from the middle, to the back; order and count stay right."""
+    queue = _Queue(500)
+    model: list[int] = []
+    outside = set(range(500))
+    for _ in range(3000):
+        match rng.integers(3):
+            case 0 if outside:
+                blocks = rng.permutation(sorted(outside))[: rng.integers(1, 30)].astype(np.int32)
+                queue.put(blocks)
+                model += blocks.tolist()
+                outside -= set(blocks.tolist())
+            case 1 if model:
+                blocks = rng.permutation(model)[: rng.integers(1, 30)].astype(np.int32)
+                queue.remove(blocks)
+                outside |= set(blocks.tolist())
+                model = [block for block in model if block not in outside]
+            case _:
+                count = int(rng.integers(0, len(model) + 1)) // 4
+                assert queue.pop(count).tolist() == model[:count]
+                outside |= set(model[:count])
+                model = model[count:]
+        assert queue.count == len(model)
+        assert queue._places <= 2 * 500 + 1024 + 30
+    assert queue.pop(len(model)).tolist() == model
+    assert queue.pop(0).tolist() == []
+
+
+def test_a_chain_of_any_length_comes_and_goes():
+    """No recursion: neither in making a deep trie, nor in dropping it."""
+    pool = BlockPool(100_000, 1)
+    blocks = pool.take(100_000)
+    node = root = pool.root("salt")
+    for block in blocks.tolist():
+        node = pool.remember(block, node, b"%d" % block)
+    assert len(pool.find(root, (b"%d" % block for block in range(100_001)))) == 100_000
+    pool.release(blocks)
+    del node, root, pool
