@@ -78,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--skip-oversized", action="store_true", help="leave out requests that can never fit the pool, and count them"
     )
+    parser.add_argument(
+        "--no-prefix-caching", action="store_true", help="let no prompt share the blocks of another that begins alike"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
 
@@ -108,6 +111,15 @@ def _rate(count: int, seconds: float) -> str:
     return f"{_bytes(count)} at {count / 1e9 / seconds if seconds else 0:.2f} GB/s"
 
 
+def _prefix_cache(report: Report) -> str:
+    if not report.prefix_caching:
+        return "off"
+    return (
+        f"{report.hits:,} prompts hit, {report.tokens_saved:,} tokens saved ({report.hit_rate:.1%}); "
+        f"{report.evictions:,} evictions, {report.copies:,} copies"
+    )
+
+
 def _text(trace: str, report: Report) -> str:
     rows = {
         "trace": trace,
@@ -116,6 +128,7 @@ def _text(trace: str, report: Report) -> str:
         "tokens": f"{report.tokens_in:,} in, {report.tokens_out:,} out",
         "steps": f"{report.steps:,}, at most {report.peak_running:,} requests running",
         "preemptions": f"{report.preemptions:,}, {report.recomputed_tokens:,} tokens recomputed",
+        "prefix cache": _prefix_cache(report),
         "pool": f"{report.num_blocks:,} blocks of {report.block_size} tokens, {_bytes(report.pool_bytes)}",
         "peak blocks": f"{report.peak_blocks:,} ({report.peak_blocks / report.num_blocks:.1%} of the pool)",
         "pool holds tokens": f"{report.pool_share:.1%} paged; {report.pool_share_contiguous:.1%} if each request had "
@@ -157,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 head_dim=options.head_dim,
                 dtype=options.dtype,
                 device=options.device,
+                prefix_caching=not options.no_prefix_caching,
                 max_num_seqs=options.max_num_seqs,
                 skip_oversized=options.skip_oversized,
                 **({"on_progress": bar.update} if bar is not None else {}),

@@ -1,9 +1,9 @@
 """Replays a trace of requests through a paged cache, with continuous batching, and checks every byte.
 
-A step goes: each running sequence gets one more token; where a sequence needs a block and none is free, the youngest
-one is preempted, which is to say its blocks are freed and it waits, first in line, to be written anew; if none was
-preempted, waiting requests are admitted in order while blocks last; the K and V of all these tokens are scattered, one
-call a layer; sequences that have all their tokens are gathered, compared and freed.
+A step goes: each running sequence gets one more token, all in one batch; where the blocks do not suffice, the youngest
+sequence is preempted, which is to say it is freed and waits, first in line, to be added anew; if none was preempted,
+waiting requests are admitted in order while blocks last, each prompt in a batch of its own, so that the next one can
+share it; sequences that have all their tokens are gathered, compared and freed.
 
 The replay is saturated: timestamps order the requests, and each is admitted as soon as blocks allow.
 """
@@ -18,9 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from .backend import backend_of
-from .blocks import BlockAllocator, BlockTable, at_least
+from .blocks import BlockTable, OutOfBlocksError, at_least
 from .cache import LayeredPagedKVCache
-from .traces import Request
+from .manager import Batch, KVCacheManager
+from .manager import Sequence as CachedSequence
+from .traces import HASHED_TOKENS, Request
 
 __all__ = ["MismatchError", "OversizedRequestError", "Report", "replay"]
 
@@ -59,18 +61,27 @@ class Report:
     steps: int = 0
     preemptions: int = 0
     recomputed_tokens: int = 0
+    prefix_caching: bool = True
+    hits: int = 0
+    """Admissions that found a part of the prompt in the pool."""
+    tokens_saved: int = 0
+    """Tokens of these parts."""
+    hit_rate: float = 0.0
+    """The share of all tokens of admissions that they are."""
+    evictions: int = 0
+    copies: int = 0
     peak_blocks: int = 0
     peak_running: int = 0
     pool_share: float = 0.0
-    """Mean over the steps of the share of the pool that held tokens."""
+    """Mean over the steps of the share of the pool that held tokens of running sequences, each token counted once."""
     pool_share_contiguous: float = 0.0
     """The same, had the pool been cut into one buffer of the longest request's length for each running request: the
     tokens of as many of the oldest running sequences as there would have been buffers."""
     taken_share: float = 0.0
-    """Mean share of the memory taken by running sequences that held tokens: what is missing to 1 is the unused part of
-    last blocks."""
+    """Mean share of the blocks of running sequences that held tokens: what is missing to 1 is the unused part of last
+    blocks."""
     taken_share_contiguous: float = 0.0
-    """The same with one buffer of the longest request's length for each running sequence."""
+    """The same with one buffer of the longest request's length for each running sequence, and nothing shared."""
     scattered_bytes: int = 0
     scatter_seconds: float = 0.0
     gathered_bytes: int = 0
@@ -83,13 +94,33 @@ class Report:
 class _Sequence:
     number: int
     request: Request
-    table: BlockTable
+    contents: npt.NDArray[np.int64]
+    """What the hashed parts of the prompt are, by numbers that are equal only if all before is."""
     known: int
     """Tokens that there are: the prompt and what was generated, whether or not their K and V are in the cache."""
+    computed: int = 0
+    """Of these, those that were in the cache before a preemption."""
+    cached: CachedSequence | None = None
 
     @property
     def length(self) -> int:
         return self.request.input_length + self.request.output_length
+
+    def tokens(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Its tokens: those of a hashed part are all the part's id, and all others are like no other request's."""
+        ids = self.request.hash_ids
+        return self._at(np.arange(start, stop), np.array(ids, np.int64), -1 - self.number)
+
+    def contents_at(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Numbers that two tokens at one position have in common only if all tokens before are equal, too."""
+        return self._at(positions, self.contents, 2**31 + self.number)
+
+    def _at(self, positions: npt.NDArray[np.int64], of_parts: npt.NDArray[np.int64], own: int) -> npt.NDArray[np.int64]:
+        values = np.full(len(positions), own, np.int64)
+        if len(of_parts):
+            hashed = positions < self.request.input_length
+            values[hashed] = of_parts[positions[hashed] // HASHED_TOKENS]
+        return values
 
 
 def replay(
@@ -102,11 +133,14 @@ def replay(
     head_dim: int,
     dtype: npt.DTypeLike,
     device: str | None = None,
+    prefix_caching: bool = True,
     max_num_seqs: int = 256,
     skip_oversized: bool = False,
     on_progress: Callable[[int], object] = lambda finished: None,
 ) -> Report:
     """Replay ``requests`` in their order through a new cache, with at most ``max_num_seqs`` running at once.
+
+    With ``prefix_caching``, prompts whose ``hash_ids`` begin alike share blocks.
 
     ``on_progress`` is called with the number of requests skipped, and after each step with the number that it finished.
 
@@ -117,8 +151,12 @@ def replay(
     at_least(1, "max_num_seqs", max_num_seqs)
     cache = LayeredPagedKVCache(num_layers, num_blocks, block_size, num_heads, head_dim, dtype, device)
     sequences = []
+    parts: dict[tuple[int, int], int] = {}  # (the part before, hash id) → part
     for number, request in enumerate(requests):
-        sequence = _Sequence(number, request, BlockTable(block_size), known=request.input_length)
+        contents = [-1]
+        for hash_id in request.hash_ids:
+            contents.append(parts.setdefault((contents[-1], hash_id), len(parts)))
+        sequence = _Sequence(number, request, np.array(contents[1:], np.int64), known=request.input_length)
         needed = BlockTable.blocks_needed(sequence.length, block_size)
         if needed <= num_blocks:
             sequences.append(sequence)
@@ -128,7 +166,8 @@ def replay(
                 f"a request of {request.input_length} + {request.output_length} tokens needs {needed} blocks of "
                 f"{block_size}, but the pool has {num_blocks}; make the pool larger or skip such requests",
             )
-    run = _Replay(cache, sequences, max_num_seqs)
+    run = _Replay(KVCacheManager(cache, prefix_caching=prefix_caching), cache, sequences, max_num_seqs)
+    run.report.prefix_caching = prefix_caching
     run.report.skipped = len(requests) - len(sequences)
     on_progress(run.report.skipped)
     start = time.perf_counter()
@@ -141,9 +180,9 @@ def replay(
 def token_bytes(
     numbers: npt.NDArray[Any], positions: npt.NDArray[Any], layer: int, tensor: int, size: int
 ) -> npt.NDArray[np.uint8]:
-    """The K (``tensor`` 0) or V (1) of tokens: ``size`` bytes for each request number and position, ``[n, size]``.
+    """The K (``tensor`` 0) or V (1) of tokens: ``size`` bytes for each content's number and position, ``[n, size]``.
 
-    Every bit of request, position, layer, tensor and place in the row counts, by way of 64 bits a row, so that rows of
+    Every bit of number, position, layer, tensor and place in the row counts, by way of 64 bits a row, so that rows of
     two places are hardly ever alike. (The constants are those of MurmurHash3's finaliser and of xxHash.)
     """
     numbers, positions = numbers.astype(np.uint32), positions.astype(np.uint32)
@@ -163,24 +202,28 @@ def _mix(x: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
 
 
 class _Replay:
-    def __init__(self, cache: LayeredPagedKVCache, sequences: list[_Sequence], max_num_seqs: int) -> None:
+    def __init__(
+        self, manager: KVCacheManager, cache: LayeredPagedKVCache, sequences: list[_Sequence], max_num_seqs: int
+    ) -> None:
         pool = cache[0].k_cache
+        self.manager = manager
         self.cache = cache
         self.row_shape = pool.shape[2:]
         self.row_bytes = int(np.prod(self.row_shape)) * pool.itemsize
         self.place = pool.device
         self.backend = backend_of(("pool",), pool)
-        self.allocator = BlockAllocator(cache[0].num_blocks, cache.block_size)
         self.waiting = deque(sequences)
         self.running: list[_Sequence] = []  # the oldest first
         self.max_num_seqs = max_num_seqs
         self.max_length = max((sequence.length for sequence in sequences), default=0)
-        # Sums over the steps, in places for a token: held in all, held in buffers, taken by blocks, by buffers.
-        self.places = np.zeros(4)
+        self.admitted_tokens = 0
+        # Sums over the steps, in places for a token: in blocks, of these with a token; in buffers, of these with one,
+        # and with one of the buffers that the pool has room for.
+        self.places = np.zeros(5)
         self.report = Report(
             device=cache[0].device,
             backend=self.backend.name,
-            num_blocks=self.allocator.total_blocks,
+            num_blocks=cache.num_blocks,
             block_size=cache.block_size,
             pool_bytes=2 * len(cache) * pool.nbytes,
         )
@@ -191,73 +234,85 @@ class _Replay:
 
     def step(self) -> int:
         """One step of continuous batching; returns how many requests it finished."""
-        batch: list[tuple[_Sequence, int]] = []
         preempted = False
-        while len(batch) < len(self.running):
-            sequence = self.running[len(batch)]
-            if self._make_room(sequence, 1):
-                sequence.known += 1
-                batch.append((sequence, 1))
-            else:
+        while self.running:
+            try:
+                self._compute(self.running, [sequence.known + 1 for sequence in self.running])
+                break
+            except OutOfBlocksError:
                 self._preempt_youngest()
                 preempted = True
         while self.waiting and not preempted and len(self.running) < self.max_num_seqs:
-            # With room for its next token, too, lest it be preempted at once.
-            if not self._make_room(self.waiting[0], min(self.waiting[0].known + 1, self.waiting[0].length)):
+            if not self._admit(self.waiting[0]):
                 break
             self.running.append(self.waiting.popleft())
-            batch.append((self.running[-1], self.running[-1].known))
-        self._scatter(batch)
         self._count()
 
-        done = [sequence for sequence in self.running if sequence.table.num_tokens == sequence.length]
+        done = [sequence for sequence in self.running if sequence.known == sequence.length]
         for sequence in done:
             self._verify(sequence)
             self.running.remove(sequence)
-            self.allocator.free(sequence.table.blocks)
+            self._free(sequence)
             self.report.requests += 1
             self.report.tokens_in += sequence.request.input_length
             self.report.tokens_out += sequence.request.output_length
         return len(done)
 
-    def _make_room(self, sequence: _Sequence, num_tokens: int) -> bool:
-        needed = sequence.table.additional_blocks_needed(num_tokens)
-        if not self.allocator.can_allocate(needed):
+    def _admit(self, sequence: _Sequence) -> bool:
+        """Compute what is not in the pool of all tokens that the sequence has, if there is room."""
+        sequence.cached = self.manager.add(sequence.tokens(0, sequence.known))
+        num_cached = sequence.cached.num_cached_tokens
+        # With room for its next token, too, lest it be preempted at once.
+        room = BlockTable.blocks_needed(min(sequence.known + 1, sequence.length), self.cache.block_size)
+        if room - num_cached // self.cache.block_size > self.manager.num_available_blocks:
+            self._free(sequence)
             return False
-        sequence.table.append_blocks(self.allocator.allocate(needed))
+        self._compute([sequence], [sequence.known])
+        self.report.hits += num_cached > 0
+        self.report.tokens_saved += num_cached
+        self.report.recomputed_tokens += max(0, sequence.computed - num_cached)
+        self.admitted_tokens += sequence.known
         return True
 
     def _preempt_youngest(self) -> None:
         sequence = self.running.pop()
-        self.allocator.free(sequence.table.blocks)
+        sequence.computed = sequence.known
+        self._free(sequence)
         self.report.preemptions += 1
-        self.report.recomputed_tokens += sequence.table.num_tokens
-        sequence.table.clear()
         self.waiting.appendleft(sequence)
 
-    def _scatter(self, batch: list[tuple[_Sequence, int]]) -> None:
-        if not batch:
-            return
-        starts = [sequence.table.num_tokens for sequence, _ in batch]
-        counts = [count for _, count in batch]
-        numbers = np.repeat([sequence.number for sequence, _ in batch], counts)
-        positions = np.concatenate([np.arange(start, start + n) for start, n in zip(starts, counts, strict=True)])
-        slots = np.concatenate([sequence.table.slots(s, n) for (sequence, n), s in zip(batch, starts, strict=True)])
-        for first in range(0, len(slots), _CHUNK):
+    def _free(self, sequence: _Sequence) -> None:
+        assert sequence.cached is not None
+        self.manager.free(sequence.cached)
+        sequence.cached = None
+
+    def _compute(self, sequences: list[_Sequence], known: list[int]) -> None:
+        """Bring the sequences to so many tokens, all of which are known then. Raises what ``prepare`` raises."""
+        new = {}
+        for sequence, count in zip(sequences, known, strict=True):
+            assert sequence.cached is not None
+            new[sequence.cached] = sequence.tokens(sequence.cached.num_tokens, count)
+        with self.manager.prepare(new) as batch:
+            self._scatter(batch, sequences, known)
+        for sequence, count in zip(sequences, known, strict=True):
+            sequence.known = count
+
+    def _scatter(self, batch: Batch, sequences: list[_Sequence], known: list[int]) -> None:
+        ranges = [np.arange(cached.num_tokens, count) for cached, count in zip(batch.sequences, known, strict=True)]
+        positions = np.concatenate(ranges)
+        contents = np.concatenate([s.contents_at(span) for s, span in zip(sequences, ranges, strict=True)])
+        for first in range(0, len(positions), _CHUNK):
             chunk = slice(first, first + _CHUNK)
-            chunk_slots = self.backend.from_numpy(slots[chunk], self.place)
             for i, layer in enumerate(self.cache):
                 key, value = (
-                    self._on_device(token_bytes(numbers[chunk], positions[chunk], i, tensor, self.row_bytes))
+                    self._on_device(token_bytes(contents[chunk], positions[chunk], i, tensor, self.row_bytes))
                     for tensor in (0, 1)
                 )
                 start = time.perf_counter()
-                layer.update(key, value, chunk_slots)
+                layer.update(key, value, batch.slot_mapping[chunk])
                 self.backend.synchronize()
                 self.report.scatter_seconds += time.perf_counter() - start
                 self.report.scattered_bytes += key.nbytes + value.nbytes
-        for sequence, count in batch:
-            sequence.table.set_num_tokens(sequence.table.num_tokens + count)
 
     def _on_device(self, rows: npt.NDArray[np.uint8]) -> Any:
         # As bytes, since CuPy does not take every dtype from NumPy.
@@ -265,7 +320,8 @@ class _Replay:
         return flat.view(self.cache[0].dtype).reshape(len(rows), *self.row_shape)
 
     def _verify(self, sequence: _Sequence) -> None:
-        block_tables = sequence.table.to_device_format()[None]
+        assert sequence.cached is not None
+        block_tables = sequence.cached.block_table[None]
         for first in range(0, sequence.length, _CHUNK):
             positions = np.arange(first, min(first + _CHUNK, sequence.length))
             for i, layer in enumerate(self.cache):
@@ -275,7 +331,8 @@ class _Replay:
                 self.report.gather_seconds += time.perf_counter() - start
                 for tensor, rows in enumerate(gathered):
                     got = self.backend.asnumpy(rows.reshape(-1).view(np.uint8)).reshape(len(positions), -1)
-                    expected = token_bytes(np.array([sequence.number]), positions, i, tensor, self.row_bytes)
+                    contents = sequence.contents_at(positions)
+                    expected = token_bytes(contents, positions, i, tensor, self.row_bytes)
                     wrong = (got != expected).any(axis=1)
                     if wrong.any():
                         raise MismatchError(
@@ -286,24 +343,28 @@ class _Replay:
                     self.report.verified_bytes += got.nbytes
 
     def _count(self) -> None:
-        taken = self.allocator.total_blocks - self.allocator.free_block_count
-        lengths = [sequence.table.num_tokens for sequence in self.running]
-        num_buffers = self.allocator.total_blocks * self.cache.block_size // max(1, self.max_length)
+        block_size, live = self.cache.block_size, self.manager.stats().live_blocks
+        lengths = [sequence.known for sequence in self.running]
+        num_buffers = self.cache.num_blocks * block_size // max(1, self.max_length)
         self.places += (
+            live * block_size,
+            live * block_size - sum(-length % block_size for length in lengths),  # last blocks are never shared
+            len(lengths) * self.max_length,
             sum(lengths),
             sum(lengths[:num_buffers]),
-            taken * self.cache.block_size,
-            len(lengths) * self.max_length,
         )
         self.report.steps += 1
+        self.report.peak_blocks = max(self.report.peak_blocks, live)
         self.report.peak_running = max(self.report.peak_running, len(lengths))
 
     def finished_report(self) -> Report:
-        held, held_in_buffers, taken, taken_by_buffers = self.places.tolist()
-        self.report.peak_blocks = self.allocator.stats().peak_usage
-        pool = self.report.steps * self.allocator.total_blocks * self.cache.block_size
+        taken, held, taken_by_buffers, held_in_buffers, held_in_room = self.places.tolist()
+        stats = self.manager.stats()
+        pool = self.report.steps * self.cache.num_blocks * self.cache.block_size
         self.report.pool_share = held / max(1, pool)
-        self.report.pool_share_contiguous = held_in_buffers / max(1, pool)
+        self.report.pool_share_contiguous = held_in_room / max(1, pool)
         self.report.taken_share = held / max(1, taken)
-        self.report.taken_share_contiguous = held / max(1, taken_by_buffers)
+        self.report.taken_share_contiguous = held_in_buffers / max(1, taken_by_buffers)
+        self.report.hit_rate = self.report.tokens_saved / max(1, self.admitted_tokens)
+        self.report.evictions, self.report.copies = stats.evictions, stats.copies
         return self.report

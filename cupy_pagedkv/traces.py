@@ -3,7 +3,7 @@
 Azure's CSV (AzurePublicDataset, ``AzureLLMInferenceTrace_*.csv``) has the header
 ``TIMESTAMP,ContextTokens,GeneratedTokens``. Mooncake's JSONL (kvcache-ai/Mooncake, ``*_trace.jsonl``) has an object a
 line: ``timestamp`` in milliseconds, ``input_length``, ``output_length`` and ``hash_ids``, one id for each 512 tokens of
-the prompt.
+the prompt: prompts with equal ids at their beginning have equal tokens there.
 """
 
 import csv
@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Request", "TraceError", "read_trace", "synthetic_trace"]
+__all__ = ["HASHED_TOKENS", "Request", "TraceError", "read_trace", "synthetic_trace"]
 
 _AZURE_HEADER = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
 _AZURE_TIME = re.compile(r"(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(\.\d+)?(?:Z|\+00:00)?")
-_MOONCAKE_BLOCK = 512
+HASHED_TOKENS = 512
+"""Tokens of a prompt for which there is one hash id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,8 @@ class Request:
     timestamp: float
     input_length: int
     output_length: int
+    hash_ids: tuple[int, ...] = field(default=(), repr=False)
+    """Of the prompt's tokens, :data:`HASHED_TOKENS` each; none where the trace says nothing of what prompts share."""
     line: int = field(default=0, compare=False, repr=False)
     """Of the file that it was read from, counted from 1; 0 for none."""
 
@@ -124,13 +127,11 @@ def _parse_mooncake(line: str) -> Request:
     input_length = _number(record, "input_length", int)
     output_length = _number(record, "output_length", int)
     ids = record.get("hash_ids")
-    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-        raise ValueError(f"hash_ids must be a list of whole numbers, got {ids!r:.80}")
-    if len(ids) != -(-input_length // _MOONCAKE_BLOCK):
-        raise ValueError(
-            f"hash_ids must have one id for each {_MOONCAKE_BLOCK} of {input_length} tokens, got {len(ids)}"
-        )
-    return Request(timestamp / 1000, input_length, output_length)
+    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+        raise ValueError(f"hash_ids must be a list of whole numbers from 0 to 2**31 - 1, got {ids!r:.80}")
+    if len(ids) != -(-input_length // HASHED_TOKENS):
+        raise ValueError(f"hash_ids must have one id for each {HASHED_TOKENS} of {input_length} tokens, got {len(ids)}")
+    return Request(timestamp / 1000, input_length, output_length, tuple(ids))
 
 
 def _number(record: dict[str, Any], name: str, types: Any) -> Any:

@@ -56,7 +56,7 @@ def test_azures_format(tmp_path):
 
 def test_mooncakes_format(tmp_path):
     requests = read_trace(write(tmp_path / "any.name", MOONCAKE_TEXT))
-    assert requests == [Request(0.0005, 0, 3), Request(0.04, 513, 3)]
+    assert requests == [Request(0.0005, 0, 3), Request(0.04, 513, 3, (5, 6))]
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,8 @@ def test_mooncakes_format(tmp_path):
         (MOONCAKE_TEXT + "\n[1]", 4, "expected a JSON object"),
         ('{"timestamp": 0, "input_length": 3, "output_length": 1}', 1, "hash_ids must be a list of whole"),
         ('{"timestamp": 0, "input_length": 3, "output_length": 1, "hash_ids": [1.5]}', 1, "hash_ids must be a list"),
+        ('{"timestamp": 0, "input_length": 3, "output_length": 1, "hash_ids": [-1]}', 1, "from 0 to 2**31 - 1, got"),
+        ('{"timestamp": 0, "input_length": 3, "output_length": 1, "hash_ids": [2147483648]}', 1, "from 0 to 2**31 - 1"),
         ('{"timestamp": 0, "input_length": 3, "output_length": 1, "hash_ids": [1, 2]}', 1,
          "hash_ids must have one id for each 512 of 3 tokens, got 2"),
         ('{"timestamp": 0, "input_length": "3", "output_length": 1, "hash_ids": [1]}', 1,
@@ -142,7 +144,7 @@ def test_a_replay_worked_by_hand(device):
     assert (report.preemptions, report.recomputed_tokens) == (1, 4)
     assert (report.peak_blocks, report.peak_running) == (3, 2)
     held = [7, 9, 6, 7, 8, 4, 5, 6]
-    taken = [3, 3, 2, 2, 2, 2, 2, 2]
+    taken = [2, 3, 2, 2, 2, 1, 2, 2]
     running = [2, 2, 1, 1, 1, 1, 1, 1]
     oldest = [4, 5, 6, 7, 8, 4, 5, 6]  # one buffer of 8 tokens fits the 12 places
     assert report.pool_share == sum(held) / (8 * 12)
@@ -172,6 +174,47 @@ def test_a_crowded_pool(device, dtype):
     assert report.tokens_out == sum(request.output_length for request in requests)
     assert report.preemptions > 0
     assert report.peak_running == 4
+
+
+SHARING = [
+    Request(0, 1200, 5, (1, 2, 3)),
+    Request(1, 1030, 3, (1, 2, 9)),  # has 1,024 tokens in common with the first
+    Request(2, 1100, 2, (1, 2, 3)),  # 1,096 of its 1,100, in whole blocks and with one left to compute
+    Request(3, 600, 4, (8, 2)),  # nothing: what comes before differs
+    Request(4, 1024, 1, (1, 2)),  # a full hit leaves the last block
+    Request(5, 0, 6),
+    Request(6, 700, 0),  # no hash_ids, nothing in common
+    Request(7, 700, 0),
+]
+
+
+def test_prompts_with_equal_hash_ids_share_blocks(device):
+    sizes = {**SMALL, "num_blocks": 2000, "device": device.of_caches}
+    report = replay(SHARING, **sizes)
+    assert (report.requests, report.hits, report.tokens_saved) == (8, 3, 1024 + 1096 + 1020)
+    tokens = sum(request.input_length for request in SHARING)
+    assert report.hit_rate == report.tokens_saved / tokens
+    assert (report.evictions, report.copies, report.preemptions) == (0, 0, 0)
+    token = 2 * 2 * 3 * 2
+    assert report.scattered_bytes == (report.tokens_in + report.tokens_out - report.tokens_saved) * token
+    assert report.verified_bytes == (report.tokens_in + report.tokens_out) * token
+    # In the first step all prompts are there: 1,200 + 6 + 4 + 600 + 4 + 700 + 700 tokens of their own, in whole blocks.
+    assert report.peak_blocks == 300 + 2 + 1 + 150 + 1 + 175 + 175
+
+    without = replay(SHARING, prefix_caching=False, **sizes)
+    assert (without.hits, without.tokens_saved, without.hit_rate, without.evictions) == (0, 0, 0, 0)
+    assert without.scattered_bytes == without.verified_bytes == report.verified_bytes
+
+
+def test_sharing_under_pressure(device):
+    """A pool in which blocks are evicted and requests preempted: every byte is still right."""
+    requests = [Request(i, 40 + 30 * (i % 7), 30 + i % 11, (i % 3,)) for i in range(60)]
+    report = replay(requests, **{**SMALL, "num_blocks": 120, "device": device.of_caches})
+    assert report.requests == 60
+    assert min(report.hits, report.evictions, report.preemptions) > 0
+    assert report.recomputed_tokens < report.preemptions * 40  # most of what was preempted is found again
+    small = replay(requests, prefix_caching=False, **{**SMALL, "num_blocks": 120, "device": device.of_caches})
+    assert small.scattered_bytes > report.scattered_bytes
 
 
 def test_oversized_requests():
@@ -214,8 +257,8 @@ def test_the_command_prints_a_report_and_nothing_else_in_a_pipe():
     result = run("--limit", "20", "--device", "cpu")
     assert (result.returncode, result.stderr) == (0, "")
     labels = [line[:19].strip() for line in result.stdout.splitlines()]
-    assert labels == ["trace", "device", "requests", "tokens", "steps", "preemptions", "pool", "peak blocks",
-                      "pool holds tokens", "taken holds tokens", "scattered", "gathered", "verified"]  # fmt: skip
+    assert labels == ["trace", "device", "requests", "tokens", "steps", "preemptions", "prefix cache",
+                      "pool", "peak blocks", "pool holds tokens", "taken holds tokens", "scattered", "gathered", "verified"]  # fmt: skip
     assert "20 completed, 0 skipped" in result.stdout
 
 
@@ -324,19 +367,56 @@ def test_a_progress_bar_on_a_terminal_alone(monkeypatch):
 # Real traffic
 
 
+def implied_hits(requests: list[Request], block_size: int) -> list[int]:
+    """Of each prompt, the tokens in whole blocks that an earlier prompt began with, one left to compute."""
+    hits = []
+    for i, request in enumerate(requests):
+        most = 0
+        for earlier in requests[:i]:
+            common = 0
+            for mine, other in zip(request.hash_ids, earlier.hash_ids, strict=False):
+                if mine != other:
+                    break
+                common += 512
+            most = max(most, min(common, request.input_length, earlier.input_length))
+        hits.append(min(most, max(0, request.input_length - 1)) // block_size * block_size)
+    return hits
+
+
+@needs_traces
+def test_hits_are_what_the_hash_ids_imply(monkeypatch):
+    """With a pool large enough never to evict."""
+    monkeypatch.setattr("cupy_pagedkv.backend.EMULATE", False)
+    requests = read_trace(MOONCAKE)
+    report = replay(requests, num_blocks=480_000, block_size=16, num_layers=1, num_heads=1, head_dim=1, dtype="uint8",
+                    device="cpu")  # fmt: skip
+    implied = implied_hits(requests, 16)
+    assert (report.evictions, report.preemptions) == (0, 0)
+    assert report.hits == sum(tokens > 0 for tokens in implied) > 0
+    assert report.tokens_saved == sum(implied)
+    assert report.hit_rate == sum(implied) / sum(request.input_length for request in requests)
+
+
 @needs_traces
 @pytest.mark.parametrize(
-    ("path", "requests", "tokens_in", "tokens_out"),
-    [(AZURE, 2000, 3_973_157, 59_024), (MOONCAKE, 600, 7_414_999, 118_142)],
-    ids=["azure", "mooncake"],
+    ("path", "requests", "tokens_in", "tokens_out", "prefix_caching"),
+    [
+        (AZURE, 2000, 3_973_157, 59_024, True),
+        (AZURE, 2000, 3_973_157, 59_024, False),
+        (MOONCAKE, 600, 7_414_999, 118_142, True),
+    ],
+    ids=["azure", "azure without sharing", "mooncake"],
 )
-def test_real_traces_replay(capsys, monkeypatch, path, requests, tokens_in, tokens_out):
+def test_real_traces_replay(capsys, monkeypatch, path, requests, tokens_in, tokens_out, prefix_caching):
     monkeypatch.setattr("cupy_pagedkv.backend.EMULATE", False)
-    assert main([str(path), "--device", "cpu", "--json"]) == 0
+    arguments = [] if prefix_caching else ["--no-prefix-caching"]
+    assert main([str(path), "--device", "cpu", "--json", *arguments]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["backend"] == "numpy"
     assert (report["requests"], report["tokens_in"], report["tokens_out"]) == (requests, tokens_in, tokens_out)
     assert report["verified_bytes"] == (tokens_in + tokens_out) * 256
+    assert (report["hits"] > 0) is (path == MOONCAKE and prefix_caching)
+    assert (report["evictions"] > 0) is prefix_caching
 
 
 @needs_traces
