@@ -3,10 +3,11 @@
     python bench.py                             every size and shape, on a GPU where there is one
     python bench.py gather_cache --only 8x128   some of them
     python bench.py reshape_and_cache --watch   waits for a save of the kernel, then a verdict in seconds
+    python bench.py manager                     the host's work for many sequences
     python bench.py --kernels                   what the compiler makes of the kernels, with no GPU and no driver
 
-PyTorch and Triton compete where they are installed. Everybody is handed the same: tokens, pools and slots to scatter;
-pools, block tables and lengths to gather, with an `out` where the interface has one.
+PyTorch, Triton and xxhash compete where they are installed. Everybody is handed the same: tokens, pools and slots to
+scatter; pools, block tables and lengths to gather, with an `out` where the interface has one.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
@@ -34,7 +35,14 @@ sys.path.append(str(ROOT / "tests"))
 import oracle  # noqa: E402
 
 import cupy_pagedkv.backend as backend  # noqa: E402
-from cupy_pagedkv import PagedKVCache, copy_blocks, nvrtc, reshape_and_cache  # noqa: E402
+from cupy_pagedkv import (  # noqa: E402
+    KVCacheManager,
+    LayeredPagedKVCache,
+    PagedKVCache,
+    copy_blocks,
+    nvrtc,
+    reshape_and_cache,
+)
 from cupy_pagedkv.cuda_backend import CudaBackend, source_of  # noqa: E402
 from cupy_pagedkv.emulator import EmulatedBackend  # noqa: E402
 from cupy_pagedkv.layout import layout_of  # noqa: E402
@@ -48,6 +56,10 @@ try:
     import triton.language as tl
 except ImportError:
     triton = None
+try:
+    import xxhash
+except ImportError:
+    xxhash = None
 
 BLOCK_SIZE = 16
 TOKENS = (1, 16, 64, 512, 4096, 32768)
@@ -59,6 +71,7 @@ OPERATIONS = {
     "gather": "gather_cache",
 }
 KERNELS = tuple(sorted(path.stem for path in (ROOT / "kernels").glob("*.cu")))
+MANAGER = "manager"
 OURS, FLOOR = "cupy_pagedkv", "copy"
 
 Call = Callable[[], Any]
@@ -389,6 +402,175 @@ def measure(case: Case, xp: Any, seconds: float) -> Row:
     return row
 
 
+# The host's work for many sequences
+
+
+@dataclass
+class Chore:
+    """What was measured of the manager; times in seconds, medians, the manager's first."""
+
+    label: str
+    seconds: dict[str, float]
+    at_least: dict[str, float]
+    """How many times as fast as others the manager sets itself to be."""
+
+    def ratio_to(self, name: str) -> float:
+        return self.seconds[name] / self.seconds[OURS]
+
+
+def in_turns(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """Medians of what the calls say they took. All take turns, in an order of their own each round."""
+    rng = np.random.default_rng(0)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name in rng.permutation(list(calls)):
+            samples[name].append(calls[name]())
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def a_manager(num_blocks: int) -> KVCacheManager:
+    return KVCacheManager(LayeredPagedKVCache(1, num_blocks, BLOCK_SIZE, 1, 1, "uint8", "cpu"))
+
+
+class PlainSequence:
+    """As one would write it who has no manager: lists, and a loop over the sequences."""
+
+    def __init__(self, blocks: list[int], tokens: list[int]) -> None:
+        self.blocks, self.tokens = blocks, tokens
+
+
+def plain_step(sequences: Sequence[PlainSequence], new: Sequence[int], free: list[int]) -> list[np.ndarray]:
+    slots, positions, lengths, firsts, tables = [], [], [], [0], []
+    for sequence in sequences:
+        position = len(sequence.tokens)
+        if position % BLOCK_SIZE == 0:
+            sequence.blocks.append(free.pop(0))
+        slots.append(sequence.blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
+        positions.append(position)
+        lengths.append(position + 1)
+        firsts.append(firsts[-1] + 1)
+    longest = max(len(sequence.blocks) for sequence in sequences)
+    for sequence in sequences:
+        tables.append(sequence.blocks + [-1] * (longest - len(sequence.blocks)))
+    arrays = [np.array(slots, np.int64), np.array(positions, np.int64), np.array(lengths, np.int32)]
+    arrays += [np.array(firsts, np.int32), np.array(tables, np.int32)]
+    for sequence, token in zip(sequences, new, strict=True):
+        sequence.tokens.append(token)
+    return arrays
+
+
+def decode_chore(rounds: int) -> Chore:
+    """A token for each of 256 sequences, which grow from 200 to 2,000 tokens by one in each round."""
+    rng = np.random.default_rng(0)
+    manager = a_manager(60_000)
+    sequences, plain = [], []
+    for length in rng.integers(200, 2001, 256).tolist():
+        tokens = rng.integers(0, 100_000, length).tolist()
+        sequences.append(manager.add(tokens))
+        manager.commit(manager.prepare({sequences[-1]: tokens}))
+        plain.append(PlainSequence(sequences[-1].block_table.tolist(), tokens))
+    used = sum(len(sequence.blocks) for sequence in plain)
+    free = list(range(used, 60_000))
+    new = rng.integers(0, 100_000, 256).tolist()
+    by_sequence = {sequence: [token] for sequence, token in zip(sequences, new, strict=True)}
+    arrays: dict[str, list[np.ndarray]] = {}
+
+    def ours() -> float:
+        start = time.perf_counter()
+        batch = manager.prepare(by_sequence)
+        manager.commit(batch)
+        seconds = time.perf_counter() - start
+        arrays[OURS] = [batch.slot_mapping, batch.positions, batch.seq_lens, batch.cu_seqlens, batch.block_tables]
+        return seconds
+
+    def a_loop() -> float:
+        start = time.perf_counter()
+        arrays["plain loop"] = plain_step(plain, new, free)
+        return time.perf_counter() - start
+
+    seconds = in_turns({OURS: ours, "plain loop": a_loop}, rounds)
+    for a, b in zip(*arrays.values(), strict=True):
+        if a.dtype != b.dtype or not np.array_equal(a, b):
+            raise SystemExit("decode: the manager and the plain loop disagree")
+    return Chore("prepare + commit, a token of 256 sequences", seconds, {"plain loop": 3.0})
+
+
+def add_chore(as_list: bool, rounds: int) -> Chore:
+    """A prompt of 16,384 tokens that is in the pool."""
+    prompt = np.random.default_rng(0).integers(0, 100_000, 16_384)
+    manager = a_manager(2000)
+    with manager.add(prompt) as sequence:
+        manager.commit(manager.prepare({sequence: prompt}))
+    tokens: Any = prompt.tolist() if as_list else prompt
+
+    def ours() -> float:
+        start = time.perf_counter()
+        sequence = manager.add(tokens)
+        seconds = time.perf_counter() - start
+        if sequence.num_cached_tokens != len(prompt) - BLOCK_SIZE:
+            raise SystemExit(f"add: {sequence.num_cached_tokens} tokens were found")
+        manager.free(sequence)
+        return seconds
+
+    def hashed() -> float:
+        """Each block's hash covers the one before, as nano-vllm has it."""
+        start = time.perf_counter()
+        hashes: list[int] = []
+        for i in range(0, len(tokens), BLOCK_SIZE):
+            h = xxhash.xxh64()
+            if hashes:
+                h.update(hashes[-1].to_bytes(8, "little"))
+            h.update(np.array(tokens[i : i + BLOCK_SIZE]).tobytes())
+            hashes.append(h.intdigest())
+        return time.perf_counter() - start
+
+    calls = {OURS: ours} if xxhash is None else {OURS: ours, "xxhash": hashed}
+    label = f"add, 16,384 tokens that hit, {'a list' if as_list else 'an array'}"
+    return Chore(label, in_turns(calls, rounds), {"xxhash": 2.0 if as_list else 4.0})
+
+
+def size_chore(rounds: int, sizes: tuple[int, int] = (1000, 1_000_000)) -> Chore:
+    """A prompt comes and goes in a pool in which each block is cached, so that as many have to be evicted."""
+
+    def in_pool(num_blocks: int) -> Callable[[], float]:
+        rng = np.random.default_rng(0)
+        manager = a_manager(num_blocks)
+        for _ in range(0, num_blocks, 1000):
+            tokens = rng.integers(0, 100_000, 1000 * BLOCK_SIZE)
+            with manager.add(tokens) as sequence:
+                manager.commit(manager.prepare({sequence: tokens}))
+
+        def come_and_go() -> float:
+            tokens = rng.integers(0, 100_000, 400)
+            start = time.perf_counter()
+            with manager.add(tokens) as sequence:
+                manager.commit(manager.prepare({sequence: tokens}))
+                for _ in range(10):
+                    manager.commit(manager.prepare({sequence: [1]}))
+            return time.perf_counter() - start
+
+        return come_and_go
+
+    small, large = sizes
+    seconds = in_turns({OURS: in_pool(large), f"{small:,} blocks": in_pool(small)}, rounds)
+    return Chore(f"a prompt of 400 tokens, 10 more, free, {large:,} blocks", seconds, {f"{small:,} blocks": 1 / 1.5})
+
+
+def chores(quick: bool) -> Iterator[Chore]:
+    rounds = 50 if quick else 300
+    yield decode_chore(rounds)
+    yield add_chore(False, rounds)
+    yield add_chore(True, rounds)
+    yield size_chore(rounds, (1000, 20_000 if quick else 1_000_000))
+
+
+def chore_lines(measured: Iterable[Chore]) -> Iterator[str]:
+    yield f"{'many sequences, on the host':<58}{'µs':>9}   times as fast as"
+    for chore in measured:
+        cells = [f"{name} {chore.ratio_to(name):.2f}" for name in chore.seconds if name != OURS]
+        yield f"{chore.label:<58}{chore.seconds[OURS] * 1e6:>9.1f}   {', '.join(cells) or 'nothing that is installed'}"
+
+
 # What is printed
 
 
@@ -408,16 +590,25 @@ def table(rows: Iterable[Row]) -> Iterable[str]:
         yield f"{case.operation:<15}{case.shape:<16}{case.tokens:>7}" + "".join(f"{cell:>12}" for cell in cells)
 
 
+def bar(text: str, at_least: float, measured: Iterable[tuple[float, str]]) -> Iterable[str]:
+    results = sorted(measured)
+    if results:
+        met = sum(value >= at_least for value, _ in results)
+        verdict = "met   " if met == len(results) else "MISSED"
+        worst, label = results[0]
+        yield f"{verdict} {text}: in {met} of {len(results)}; the least is {worst:.2f}, {label}"
+
+
+def chore_bars(measured: Sequence[Chore]) -> Iterator[str]:
+    for chore in measured:
+        for name, at_least in chore.at_least.items():
+            if name in chore.seconds:
+                text = f"{chore.label} >= {at_least:.2g} of {name}"
+                yield from bar(text, at_least, [(chore.ratio_to(name), chore.label)])
+
+
 def bars(rows: Sequence[Row], on_gpu: bool) -> Iterable[str]:
     """What this package sets itself, and by how much it is met or missed."""
-
-    def bar(text: str, at_least: float, measured: Iterable[tuple[float, str]]) -> Iterable[str]:
-        results = sorted(measured)
-        if results:
-            met = sum(value >= at_least for value, _ in results)
-            verdict = "met   " if met == len(results) else "MISSED"
-            worst, label = results[0]
-            yield f"{verdict} {text}: in {met} of {len(results)}; the least is {worst:.2f}, {label}"
 
     def rivals(row: Row, *names: str) -> list[tuple[float, str]]:
         """Against each of those that took part."""
@@ -737,7 +928,8 @@ def watch(kernel: str, arguments: Sequence[str]) -> NoReturn:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kernel", nargs="?", choices=KERNELS, help="only what runs this kernel")
+    parser.add_argument("kernel", nargs="?", choices=(*KERNELS, MANAGER), help="only what runs this kernel, or the "
+                        "bookkeeping alone")  # fmt: skip
     parser.add_argument("--device", choices=["cpu", "cuda"], help="by default a GPU where there is one")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="rows with all of these words in "
                         "their name, such as gather, blocks, 8x128, float32 or tokens=512")  # fmt: skip
@@ -749,6 +941,8 @@ def main() -> int:
     parser.add_argument("--arch", type=int, choices=nvrtc.ARCHITECTURES, help="for --watch (90) and --kernels (all)")
     parser.add_argument("--check-when-told", metavar="FILE", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if (options.watch or options.kernels) and options.kernel == MANAGER:
+        parser.error("the manager is no kernel")
     if options.watch and options.kernel is None:
         parser.error(f"--watch needs the kernel: {' or '.join(KERNELS)}")
     try:
@@ -794,7 +988,8 @@ def main() -> int:
         for tokens in (TOKENS[::2] if options.quick else TOKENS)
     ]
     cases = [case for case in cases if set(options.only) <= set(case.label.split())]
-    if not cases:
+    with_manager = options.kernel in (None, MANAGER) and not options.only
+    if not cases and not with_manager:
         if options.kernel is not None and options.kernel not in OPERATIONS.values():
             parser.error(f"{options.kernel} is not timed; --watch and --kernels take it")
         parser.error(f"no row has all of {options.only} in its name, such as {Case('gather', *SHAPES[0], 512).label!r}")
@@ -811,10 +1006,22 @@ def main() -> int:
     for line in table(measured()):
         print(line, flush=True)
     print()
-    for line in bars(rows, xp is not np):
+    done: list[Chore] = []
+
+    def managed() -> Iterable[Chore]:
+        for chore in chores(options.quick):
+            done.append(chore)
+            yield chore
+
+    if with_manager:
+        for line in chore_lines(managed()):
+            print(line, flush=True)
+        print()
+    for line in (*bars(rows, xp is not np), *chore_bars(done)):
         print(line)
     if options.json:
-        Path(options.json).write_text(json.dumps({"machine": facts, "rows": [asdict(row) for row in rows]}, indent=1))
+        measurements = {"rows": [asdict(row) for row in rows], "manager": [asdict(chore) for chore in done]}
+        Path(options.json).write_text(json.dumps({"machine": facts, **measurements}, indent=1))
     if options.plot:
         plot(rows, options.plot)
     return 0

@@ -68,14 +68,13 @@ class Sequence:
     As a context manager it is freed at the end.
     """
 
-    __slots__ = ("__weakref__", "_batch", "_manager", "_num_cached", "_root", "_row")
+    __slots__ = ("__weakref__", "_manager", "_num_cached", "_root", "_row")
 
     def __init__(self, manager: "KVCacheManager", row: int, root: Node, num_cached: int) -> None:
         self._manager: KVCacheManager | None = manager
         self._row = row
         self._root = root
         self._num_cached = num_cached
-        self._batch: Batch | None = None
 
     @property
     def num_cached_tokens(self) -> int:
@@ -90,7 +89,7 @@ class Sequence:
     @property
     def block_table(self) -> npt.NDArray[np.int32]:
         """Its blocks in logical order, those of an open batch among them; a copy on the host."""
-        return self._owner()._blocks_of(self._row).copy()
+        return self._owner()._blocks_of(self._row)
 
     def fork(self) -> "Sequence":
         """A second sequence with the same tokens, in the same blocks. No block is taken.
@@ -113,10 +112,11 @@ class Sequence:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._manager is not None:
-            if self._batch is not None:
-                self._manager.rollback(self._batch)
-            self._manager.free(self)
+        manager = self._manager
+        if manager is not None:
+            for batch in [batch for batch in manager._batches if self in batch.sequences]:
+                manager.rollback(batch)
+            manager.free(self)
 
     def __repr__(self) -> str:
         if self._manager is None:
@@ -224,14 +224,12 @@ class Batch:
         host.cu_seqlens[:num_seqs] = self._first
         host.cu_seqlens[num_seqs:] = num_tokens
 
-    def _open(self, arrays: BatchBuffers) -> None:
+    def _take(self, arrays: BatchBuffers) -> None:
         self.slot_mapping = arrays.slot_mapping
         self.positions = arrays.positions
         self.block_tables = arrays.block_tables
         self.seq_lens = arrays.seq_lens
         self.cu_seqlens = arrays.cu_seqlens
-        for sequence in self.sequences:
-            sequence._batch = self
 
     @property
     def num_tokens(self) -> int:
@@ -319,12 +317,15 @@ class KVCacheManager:
         self._prefix_caching = prefix_caching
         self._block_size = cache.block_size
         self._pool = BlockPool(cache.num_blocks, cache.block_size)
-        # A row for each sequence. Blocks from `_num_blocks` on, and tokens from the length on, are anything.
+        # A row for each sequence. Tables hold ids plus one: behind the last block they are 0, which is how fresh memory
+        # reads, and takes no memory as long as nothing else is written there.
         self._lengths = np.zeros(0, np.int64)
         self._num_blocks = np.zeros(0, np.int64)
-        self._tables = np.empty((0, 8), np.int32)
+        self._tables = np.zeros((0, 8), np.int32)
         self._tails = np.empty((0, self._block_size), np.int32)  # the tokens in the last block, where it is not full
+        self._is_open = np.zeros(0, np.bool_)  # whether it is in a batch that has not ended
         self._sequences: set[Sequence] = set()
+        self._batches: set[Batch] = set()
         self._free_rows: list[int] = []
         self._prompts = self._hits = self._prompt_tokens = self._tokens_saved = self._copies = 0
 
@@ -351,7 +352,8 @@ class KVCacheManager:
             raise TypeError(f"salt must be a str, bytes, an int or None, got {type(salt).__name__}")
         root = self._pool.root(salt)
         findable = max(0, len(prompt) - 1) // self._block_size * self._block_size if self._prefix_caching else 0
-        blocks = np.array(self._pool.find(root, self._chunks(prompt[:findable])), np.int32)
+        found = self._pool.find(root, self._chunks(prompt[:findable]))
+        blocks = np.fromiter(found, np.int32, len(found))
         num_cached = len(blocks) * self._block_size
         sequence = self._new_sequence(root, num_cached, blocks)
         self._prompts += 1
@@ -390,7 +392,7 @@ class KVCacheManager:
 
         # Who writes to a block that is begun already, and to which.
         writers = np.flatnonzero((starts % size != 0) & (counts > 0))
-        begun = self._tables[rows[writers], starts[writers] // size]
+        begun = self._tables[rows[writers], starts[writers] // size] - 1
         copying = self._pool.writers_that_copy(begun)
         copied, written = begun[copying], np.delete(begun, copying) if copying else begun
         copiers = writers[copying]
@@ -410,9 +412,7 @@ class KVCacheManager:
             if buffers is not None:
                 host._pad()
             tables = host.block_tables[: len(rows), :max_blocks]
-            tables[...] = self._tables[rows, :max_blocks]
-            columns32, needed32 = np.arange(max_blocks, dtype=np.int32), needed.astype(np.int32)
-            np.copyto(tables, -1, where=columns32 >= needed32[:, None])  # half the time of int64
+            np.subtract(self._tables[rows, :max_blocks], 1, out=tables)
             tables[seq, column] = taken
             batch._fill(host, tables, size)
             host._copies[:, : len(copied)] = copied, taken[len(owners) :]
@@ -423,13 +423,15 @@ class KVCacheManager:
             self._pool.release(taken)
             raise
 
-        self._tables[rows[seq], column] = taken
+        self._tables[rows[seq], column] = taken + 1
         self._num_blocks[rows] = needed
         for i in range(len(copied)):
             self._pool.release(copied[i : i + 1])  # one by one: two may have copied one block
         self._pool.forget(written.tolist())  # their only owner is about to write to them
         self._copies += len(copied)
-        batch._open(arrays)
+        batch._take(arrays)
+        self._batches.add(batch)
+        self._is_open[rows] = True
         return batch
 
     def commit(self, batch: Batch, accepted: Mapping[Sequence, int] | None = None) -> None:
@@ -468,8 +470,8 @@ class KVCacheManager:
         Raises ``ValueError`` for a sequence that is freed already, of another manager, or in an open batch.
         """
         row = int(self._rows_of((sequence,))[0])
-        self._pool.release(self._blocks_of(row))
-        self._num_blocks[row] = self._lengths[row] = 0
+        self._lengths[row] = 0
+        self._shrink(row)
         self._free_rows.append(row)
         self._sequences.remove(sequence)
         sequence._manager = None
@@ -521,7 +523,7 @@ class KVCacheManager:
         for sequence in self._sequences:
             blocks, length = self._blocks_of(sequence._row), int(self._lengths[sequence._row])
             needed = BlockTable.blocks_needed(length, self._block_size)
-            if len(blocks) < needed or (sequence._batch is None and len(blocks) > needed):
+            if len(blocks) < needed or (len(blocks) > needed and not self._is_open[sequence._row]):
                 raise RuntimeError(f"a sequence of {length} tokens has {len(blocks)} blocks, and should have {needed}")
             owners[blocks] += 1
         self._pool.check(owners)
@@ -544,7 +546,7 @@ class KVCacheManager:
         last, offset = divmod(num_tokens, self._block_size)
         if offset and last < length // self._block_size and self._prefix_caching:
             # A full block becomes the last one and is not full any more; its tokens are in the trie.
-            chunk, _ = self._pool.remembered(int(self._tables[row, last]))
+            chunk, _ = self._pool.remembered(int(self._tables[row, last]) - 1)
             self._tails[row] = np.frombuffer(chunk, np.int32)
         self._lengths[row] = num_tokens
         self._shrink(row)
@@ -553,10 +555,11 @@ class KVCacheManager:
         """Let go of the blocks that the row's tokens do not need."""
         needed = -(-int(self._lengths[row]) // self._block_size)
         self._pool.release(self._blocks_of(row)[needed:])
+        self._tables[row, needed : self._num_blocks[row]] = 0
         self._num_blocks[row] = needed
 
     def _blocks_of(self, row: int) -> npt.NDArray[np.int32]:
-        return self._tables[row, : self._num_blocks[row]]
+        return self._tables[row, : self._num_blocks[row]] - 1
 
     def _new_sequence(self, root: Node, length: int, blocks: npt.NDArray[np.int32]) -> Sequence:
         if not self._free_rows:
@@ -564,7 +567,7 @@ class KVCacheManager:
         self._widen(len(blocks))
         self._pool.share(blocks)
         row = self._free_rows.pop()
-        self._tables[row, : len(blocks)] = blocks
+        self._tables[row, : len(blocks)] = blocks + 1
         self._num_blocks[row] = len(blocks)
         self._lengths[row] = length
         sequence = Sequence(self, row, root, length)
@@ -574,9 +577,9 @@ class KVCacheManager:
     def _add_rows(self) -> None:
         had = len(self._lengths)
         more = max(8, had)
-        self._lengths, self._num_blocks, self._tables, self._tails = (
+        self._lengths, self._num_blocks, self._tables, self._tails, self._is_open = (
             np.concatenate([rows, np.zeros((more, *rows.shape[1:]), rows.dtype)])
-            for rows in (self._lengths, self._num_blocks, self._tables, self._tails)
+            for rows in (self._lengths, self._num_blocks, self._tables, self._tails, self._is_open)
         )
         self._free_rows = list(range(had, had + more))[::-1]
 
@@ -584,9 +587,9 @@ class KVCacheManager:
         """Give all tables at least ``max_blocks`` columns."""
         height, width = self._tables.shape
         if max_blocks > width:
-            wider = np.empty((height, max(max_blocks, 2 * width)), np.int32)
-            for row in np.flatnonzero(self._num_blocks).tolist():  # memory that nobody touches is not there
-                wider[row, : self._num_blocks[row]] = self._blocks_of(row)
+            wider = np.zeros((height, max(max_blocks, 2 * width)), np.int32)
+            for row, num_blocks in enumerate(self._num_blocks.tolist()):
+                wider[row, :num_blocks] = self._tables[row, :num_blocks]
             self._tables = wider
 
     def _chunks(self, tokens: npt.NDArray[np.int32]) -> list[bytes]:
@@ -596,14 +599,17 @@ class KVCacheManager:
     def _rows_of(self, sequences: tuple[Sequence, ...]) -> _Ints:
         """Where the sequences are, if all of them are this manager's and in no open batch."""
         try:
-            for sequence in sequences:
-                if sequence._manager is not self or sequence._batch is not None:
-                    mine = sequence._owner() is self
-                    state = "is in an open batch; commit it or roll it back first" if mine else "is another manager's"
-                    raise ValueError(f"this sequence {state}")
-            return np.array([sequence._row for sequence in sequences], np.int64)
+            rows = np.array([sequence._row for sequence in sequences if sequence._manager is self], np.int64)
         except AttributeError:
-            raise TypeError(f"expected a Sequence, which add() returns, got {type(sequence).__name__}") from None
+            kinds = sorted({type(sequence).__name__ for sequence in sequences} - {"Sequence"})
+            raise TypeError(f"expected Sequences, which add() returns, got {', '.join(kinds)}") from None
+        if len(rows) < len(sequences):
+            for sequence in sequences:
+                sequence._owner()  # raises for one that is freed
+            raise ValueError("this sequence is another manager's")
+        if self._is_open[rows].any():
+            raise ValueError("this sequence is in an open batch; commit it or roll it back first")
+        return rows
 
     def _staged(self, *sizes: int) -> BatchBuffers:
         """Arrays on the host, to be filled and sent."""
@@ -643,27 +649,37 @@ class KVCacheManager:
 
     def _remember(self, batch: Batch, ends: _Ints) -> None:
         """Let the blocks that a batch fills be found, and keep the tokens in last blocks that are not full."""
-        size, pool = self._block_size, self._pool
-        begun = batch._starts // size
+        size, remember = self._block_size, self._pool.remember
+        begun, full = batch._starts // size, ends // size
         # The tokens that go on where a block was begun, of all sequences at once: in a decode step these are all.
         inside = batch._positions < np.minimum(ends, (begun + 1) * size)[batch._index]
         self._tails[batch._rows[batch._index[inside]], batch._positions[inside] % size] = batch._tokens[inside]
-        for i in np.flatnonzero(ends // size > begun).tolist():
-            sequence, row, column, end = batch.sequences[i], batch._rows[i], int(begun[i]), int(ends[i])
-            first = int(batch._first[i] - batch._starts[i])  # where position 0 would be in the batch
-            later, full = (column + 1) * size, end // size
-            chunks = [self._tails[row].tobytes(), *self._chunks(batch._tokens[first + later : first + full * size])]
-            node = pool.remembered(int(self._tables[row, column - 1]))[1] if column else sequence._root
-            for block, chunk in zip(self._tables[row, column:full].tolist(), chunks, strict=True):
-                node = pool.remember(block, node, chunk)
-            self._tails[row, : end - full * size] = batch._tokens[first + full * size : first + end]
+
+        filling = np.flatnonzero(full > begun)
+        rows, columns = batch._rows[filling], begun[filling]
+        blocks = (self._tables[rows, columns] - 1).tolist()
+        before = (self._tables[rows, np.maximum(columns - 1, 0)] - 1).tolist()
+        chunks = self._chunks(self._tails[rows].ravel())
+        goes_on = (ends[filling] > (columns + 1) * size).tolist()
+        for j, i in enumerate(filling.tolist()):
+            column = columns[j]
+            node = self._pool.remembered(before[j])[1] if column else batch.sequences[i]._root
+            node = remember(blocks[j], node, chunks[j])
+            if goes_on[j]:
+                first = batch._first[i] - batch._starts[i]  # where position 0 of the sequence would be in the batch
+                rest = batch._tokens[first + (column + 1) * size : first + ends[i]]
+                later = self._tables[rows[j], column + 1 : full[i]] - 1
+                whole = len(later) * size
+                for block, chunk in zip(later.tolist(), self._chunks(rest[:whole]), strict=True):
+                    node = remember(block, node, chunk)
+                self._tails[rows[j], : len(rest) - whole] = rest[whole:]
 
     def _close(self, batch: Batch, end: str) -> None:
         rows = batch._rows
         for row in rows[self._num_blocks[rows] * self._block_size >= self._lengths[rows] + self._block_size].tolist():
             self._shrink(row)
-        for sequence in batch.sequences:
-            sequence._batch = None
+        self._is_open[rows] = False
+        self._batches.remove(batch)
         batch._end = end
 
 
@@ -679,10 +695,9 @@ def _as_tokens(tokens: Any) -> npt.NDArray[np.int32]:
     if isinstance(tokens, np.ndarray):
         if tokens.dtype.kind not in "iu" or tokens.ndim != 1:
             raise TypeError(f"tokens must be whole numbers on one axis, got {tokens.dtype} of shape {tokens.shape}")
-        narrow = np.ascontiguousarray(tokens, np.int32)
-        if (narrow != tokens).any():
-            raise ValueError(f"tokens must be from -2**31 to 2**31 - 1, got {tokens[narrow != tokens][0]}")
-        return narrow
+        if len(tokens) and (tokens.min() < -(2**31) or tokens.max() >= 2**31):
+            raise ValueError(f"tokens must be from -2**31 to 2**31 - 1, got {tokens.min()} to {tokens.max()}")
+        return np.ascontiguousarray(tokens, np.int32)
     if hasattr(tokens, "__cuda_array_interface__"):
         raise TypeError("tokens must be on the host, got an array on a GPU; copy it with cupy.asnumpy")
     try:
@@ -700,4 +715,4 @@ def _joined(lists: list[Any]) -> tuple[_Ints, npt.NDArray[np.int32]]:
     else:
         lists = [_as_tokens(tokens) for tokens in lists]
         joined = np.concatenate(lists)
-    return np.array(list(map(len, lists)), np.int64), joined
+    return np.fromiter(map(len, lists), np.int64, len(lists)), joined

@@ -139,12 +139,12 @@ class BlockPool:
 
     def find(self, root: Node, chunks: Iterable[bytes]) -> list[int]:
         """The blocks that hold ``chunks``, the tokens of a block each, as far as there are any."""
-        blocks = []
-        node = root
+        blocks: list[int] = []
+        append, node = blocks.append, root
         try:
             for chunk in chunks:
                 block, node = node[chunk]
-                blocks.append(block)
+                append(block)
         except KeyError:
             pass
         return blocks
