@@ -144,6 +144,44 @@ def test_bars_on_a_gpu():
     ]
 
 
+def test_the_manager_alone(tmp_path):
+    pytest.importorskip("xxhash", reason="xxhash is not installed, which the manager is compared with")
+    text = run("manager", "--quick", f"--json={tmp_path / 'out.json'}", "--device=cpu")
+    [at] = [i for i, line in enumerate(text.splitlines()) if line.startswith("many sequences")]
+    lines = text.splitlines()[at + 1 : at + 5]
+    assert [line.split()[0] for line in lines] == ["prepare", "add,", "add,", "a"]
+    assert [line.split()[-2] for line in lines] == ["loop", "xxhash", "xxhash", "blocks"]
+    assert sum(line.startswith(("met", "MISSED")) for line in text.splitlines()) == 4
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["rows"] == []
+    for chore in report["manager"]:
+        assert len(chore["seconds"]) == 2
+        assert all(0 < seconds < 1 for seconds in chore["seconds"].values())
+
+
+def test_bars_of_the_manager():
+    good = bench.Chore("add", {"cupy_pagedkv": 1.0, "xxhash": 4.0}, {"xxhash": 4.0, "not installed": 9.0})
+    bad = bench.Chore("add", {"cupy_pagedkv": 1.0, "xxhash": 3.9}, {"xxhash": 4.0})
+    met, missed = bench.chore_bars([good, bad])
+    assert met == "met    add >= 4 of xxhash: in 1 of 1; the least is 4.00, add"
+    assert missed == "MISSED add >= 4 of xxhash: in 0 of 1; the least is 3.90, add"
+
+
+def test_a_decode_step_that_differs_is_found(monkeypatch):
+    monkeypatch.setattr(bench, "BLOCK_SIZE", 8)  # of the plain loop, and of the pool that is made for it
+    bench.decode_chore(3)
+    plain_step = bench.plain_step
+
+    def wrong(*arguments: Any) -> Any:
+        arrays = plain_step(*arguments)
+        arrays[2][7] += 1
+        return arrays
+
+    monkeypatch.setattr(bench, "plain_step", wrong)
+    with pytest.raises(SystemExit, match="decode: the manager and the plain loop disagree"):
+        bench.decode_chore(3)
+
+
 def test_rows_that_do_not_exist_are_refused():
     command = [sys.executable, str(ROOT / "bench.py"), "--device=cpu", "--only", "gather", "9x9"]
     refused = subprocess.run(command, capture_output=True, text=True, check=False)

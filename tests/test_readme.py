@@ -10,18 +10,27 @@ from pathlib import Path
 import pytest
 
 import cupy_pagedkv
+from cupy_pagedkv import manager
 from cupy_pagedkv.__main__ import _parser
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
 
 
-def test_the_example_prints_what_stands_below_it():
-    [(at, code)] = [(i, text) for i, (language, text) in enumerate(BLOCKS) if language == "python"]
+EXAMPLES = [i for i, (language, _) in enumerate(BLOCKS) if language == "python"]
+
+
+@pytest.mark.parametrize("at", EXAMPLES)
+def test_an_example_prints_what_stands_below_it(at):
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        exec(compile(code, "README.md", "exec"), {})
+        exec(compile(BLOCKS[at][1], "README.md", "exec"), {})
     assert output.getvalue() == BLOCKS[at + 1][1]
+
+
+def test_the_life_of_a_sequence_is_that_of_the_docstring():
+    [drawn] = [text for _, text in BLOCKS if "|---- shared" in text]
+    assert drawn in manager.__doc__
 
 
 @pytest.mark.parametrize(
