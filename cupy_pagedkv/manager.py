@@ -65,7 +65,7 @@ _Ints: TypeAlias = npt.NDArray[np.int64]
 class Sequence:
     """A sequence of tokens in a :class:`KVCacheManager`, which makes it: ``manager.add(tokens)``.
 
-    As a context manager it is freed at the end.
+    As a context manager it is freed at the end, and an exception rolls back the batch that it is in.
     """
 
     __slots__ = ("__weakref__", "_manager", "_num_cached", "_root", "_row")
@@ -111,11 +111,14 @@ class Sequence:
     def __enter__(self) -> "Sequence":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         manager = self._manager
         if manager is not None:
-            for batch in [batch for batch in manager._batches if self in batch.sequences]:
-                manager.rollback(batch)
+            if kind is not None:  # lest freeing an open batch's sequence hides the exception
+                for batch in [batch for batch in manager._batches if self in batch.sequences]:
+                    manager.rollback(batch)
             manager.free(self)
 
     def __repr__(self) -> str:
@@ -575,11 +578,12 @@ class KVCacheManager:
         return sequence
 
     def _add_rows(self) -> None:
-        had = len(self._lengths)
+        had, width = self._tables.shape
         more = max(8, had)
-        self._lengths, self._num_blocks, self._tables, self._tails, self._is_open = (
+        self._resize_tables(had + more, width)
+        self._lengths, self._num_blocks, self._tails, self._is_open = (
             np.concatenate([rows, np.zeros((more, *rows.shape[1:]), rows.dtype)])
-            for rows in (self._lengths, self._num_blocks, self._tables, self._tails, self._is_open)
+            for rows in (self._lengths, self._num_blocks, self._tails, self._is_open)
         )
         self._free_rows = list(range(had, had + more))[::-1]
 
@@ -587,10 +591,13 @@ class KVCacheManager:
         """Give all tables at least ``max_blocks`` columns."""
         height, width = self._tables.shape
         if max_blocks > width:
-            wider = np.zeros((height, max(max_blocks, 2 * width)), np.int32)
-            for row, num_blocks in enumerate(self._num_blocks.tolist()):
-                wider[row, :num_blocks] = self._tables[row, :num_blocks]
-            self._tables = wider
+            self._resize_tables(height, max(max_blocks, 2 * width))
+
+    def _resize_tables(self, height: int, width: int) -> None:
+        tables = np.zeros((height, width), np.int32)
+        for row, num_blocks in enumerate(self._num_blocks.tolist()):
+            tables[row, :num_blocks] = self._tables[row, :num_blocks]
+        self._tables = tables
 
     def _chunks(self, tokens: npt.NDArray[np.int32]) -> list[bytes]:
         """Tokens that fill blocks, as the bytes of each block."""

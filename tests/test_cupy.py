@@ -171,6 +171,9 @@ def test_a_manager_over_cupy_arrays(host_memory):
     served.commit(served.prepare({third: [4], first: range(10)}, buffers))
     assert served.manager.stats().copies == 2
     assert buffers.slot_mapping.data.ptr == memory
+    for batch in ({}, {first: []}, {served.add([]): []}):
+        served.commit(served.prepare(batch))
+        served.commit(served.prepare(batch, buffers))
 
 
 def test_memory_that_a_copy_still_reads_is_not_used_again(host_memory, monkeypatch, rng):

@@ -365,8 +365,16 @@ def test_a_batch_and_a_sequence_as_contexts(served):
         assert repr(batch) == "<Batch of 4 tokens of 1 sequences, rolled back>"
         assert repr(sequence) == "<Sequence of 23 tokens in blocks [0, 1]>"
     assert repr(sequence) == "<Sequence, freed>"
-    with manager.add(range(20)) as sequence:
-        manager.prepare({sequence: range(4)})  # and the end of the sequence is that of the batch
+    other = manager.add(range(20))
+    with pytest.raises(KeyError), manager.add(range(20)) as sequence:  # noqa: PT012
+        batch = manager.prepare({sequence: range(4), other: [1]})
+        raise KeyError
+    assert repr(batch) == "<Batch of 5 tokens of 2 sequences, rolled back>"
+    with pytest.raises(ValueError, match="this sequence is in an open batch"), manager.add([]) as sequence:
+        batch = manager.prepare({sequence: range(4)})
+    manager.commit(batch)
+    manager.free(sequence)
+    manager.free(other)
     assert manager.stats().num_sequences == 0
     with manager.add(range(20)) as sequence:
         manager.free(sequence)
