@@ -945,6 +945,9 @@ def main() -> int:
         parser.error("the manager is no kernel")
     if options.watch and options.kernel is None:
         parser.error(f"--watch needs the kernel: {' or '.join(KERNELS)}")
+    for path in filter(None, (options.json, options.plot)):
+        if not Path(path).resolve().parent.is_dir():  # better known now than when all has been measured
+            parser.error(f"there is no folder for {path}")
     try:
         place = backend.backend_on(options.device)[0]
     except RuntimeError as error:
@@ -990,7 +993,7 @@ def main() -> int:
     cases = [case for case in cases if set(options.only) <= set(case.label.split())]
     with_manager = options.kernel in (None, MANAGER) and not options.only
     if not cases and not with_manager:
-        if options.kernel is not None and options.kernel not in OPERATIONS.values():
+        if options.kernel in set(KERNELS) - set(OPERATIONS.values()):
             parser.error(f"{options.kernel} is not timed; --watch and --kernels take it")
         parser.error(f"no row has all of {options.only} in its name, such as {Case('gather', *SHAPES[0], 512).label!r}")
     facts = machine(place.name, xp)

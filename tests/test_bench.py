@@ -189,6 +189,23 @@ def test_rows_that_do_not_exist_are_refused():
     assert "no row has all of ['gather', '9x9'] in its name" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--json=no/such/folder.json"], "there is no folder for no/such/folder.json"),
+        (["--plot=no/such/folder.png"], "there is no folder for no/such/folder.png"),
+        (["manager", "--watch"], "the manager is no kernel"),
+        (["manager", "--kernels"], "the manager is no kernel"),
+        (["manager", "--only", "gather"], "no row has all of ['gather'] in its name"),
+    ],
+)
+def test_what_cannot_be_run_is_known_at_once(arguments, message):
+    command = [sys.executable, str(ROOT / "bench.py"), "--device=cpu", *arguments]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    assert refused.returncode == 2
+    assert message in refused.stderr
+
+
 @pytest.mark.parametrize("kernel", bench.KERNELS)
 def test_common_shapes_have_wide_accesses_and_no_spills(kernel):
     pytest.importorskip("cuda.core", reason="cuda.core is not installed, which NVRTC is called through")
