@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
@@ -439,12 +440,12 @@ class PlainSequence:
         self.blocks, self.tokens = blocks, tokens
 
 
-def plain_step(sequences: Sequence[PlainSequence], new: Sequence[int], free: list[int]) -> list[np.ndarray]:
+def plain_step(sequences: Sequence[PlainSequence], new: Sequence[int], free: deque[int]) -> list[np.ndarray]:
     slots, positions, lengths, firsts, tables = [], [], [], [0], []
     for sequence in sequences:
         position = len(sequence.tokens)
         if position % BLOCK_SIZE == 0:
-            sequence.blocks.append(free.pop(0))
+            sequence.blocks.append(free.popleft())
         slots.append(sequence.blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
         positions.append(position)
         lengths.append(position + 1)
@@ -470,7 +471,7 @@ def decode_chore(rounds: int) -> Chore:
         manager.commit(manager.prepare({sequences[-1]: tokens}))
         plain.append(PlainSequence(sequences[-1].block_table.tolist(), tokens))
     used = sum(len(sequence.blocks) for sequence in plain)
-    free = list(range(used, 60_000))
+    free = deque(range(used, 60_000))
     new = rng.integers(0, 100_000, 256).tolist()
     by_sequence = {sequence: [token] for sequence, token in zip(sequences, new, strict=True)}
     arrays: dict[str, list[np.ndarray]] = {}

@@ -17,12 +17,14 @@
 (20, 4, 32)
 
 Data flows one way: ``cache`` → ``ops`` (all checks) → ``backend`` (the choice of device) → ``numpy_backend`` or
-``cuda_backend`` → ``kernels/*.cu``. Bookkeeping, in ``blocks``, stands beside it.
+``cuda_backend`` → ``kernels/*.cu``. Bookkeeping, in ``blocks`` and ``pool``, stands beside it; ``manager`` puts both
+together.
 """
 
+from .batch import Batch, BatchBuffers
 from .blocks import BlockAllocator, BlockAllocatorStats, BlockTable, OutOfBlocksError
 from .cache import LayeredPagedKVCache, PagedKVCache
-from .manager import Batch, BatchBuffers, KVCacheManager, KVCacheStats, Sequence
+from .manager import CachedSequence, KVCacheManager, KVCacheStats
 from .ops import copy_blocks, gather_cache, reshape_and_cache
 
 __all__ = [
@@ -31,12 +33,12 @@ __all__ = [
     "BlockAllocator",
     "BlockAllocatorStats",
     "BlockTable",
+    "CachedSequence",
     "KVCacheManager",
     "KVCacheStats",
     "LayeredPagedKVCache",
     "OutOfBlocksError",
     "PagedKVCache",
-    "Sequence",
     "copy_blocks",
     "gather_cache",
     "reshape_and_cache",

@@ -10,12 +10,15 @@ import math
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from .layout import Form, Layout, Pools
+
+if TYPE_CHECKING:
+    from .numpy_backend import HostStaging
 
 __all__ = ["CudaBackend", "source_of"]
 
@@ -105,6 +108,31 @@ class _Plan(NamedTuple):
     """Accesses in the longer row, of K or of V; in the longer block, where blocks are copied."""
 
 
+class PinnedStaging:
+    """The way of bytes from the host to a GPU, without waiting: pinned memory that is kept until it has been read.
+
+    CuPy's pool of pinned memory hands out again what is let go, whether or not a copy that was queued has read it.
+    """
+
+    def __init__(self, backend: "CudaBackend") -> None:
+        self._backend = backend
+        self._in_flight: deque[tuple[Any, npt.NDArray[np.uint8]]] = deque()  # (event behind the copy, its memory)
+
+    def empty(self, num_bytes: int) -> npt.NDArray[np.uint8]:
+        """Pinned memory, to be filled and given to :meth:`send`."""
+        while self._in_flight and self._in_flight[0][0].done:
+            self._in_flight.popleft()
+        return self._backend.empty_pinned(num_bytes)
+
+    def send(self, staged: npt.NDArray[np.uint8], device: Any, out: Any = None) -> Any:
+        """``staged`` on ``device``, or in ``out`` there, once the current stream gets to it."""
+        with self._backend.on(device):
+            if out is None:
+                out = self._backend.empty(staged.shape, staged.dtype, device)
+            self._in_flight.append((self._backend.copy_async(staged, out), staged))
+        return out
+
+
 class CudaBackend:
     """Arrays and operations on the GPUs that CuPy sees.
 
@@ -122,7 +150,6 @@ class CudaBackend:
         self._plan = functools.lru_cache(4096)(self._make_plan)
         self._copy_plan = functools.lru_cache(4096)(self._make_copy_plan)
         self._processors = functools.cache(self._count_processors)
-        self._in_flight: deque[tuple[Any, npt.NDArray[np.uint8]]] = deque()  # (event, the memory it waits for)
 
     def _build_kernel(self, name: str, defines: _Defines) -> Any:
         return self.xp.RawKernel(source_of(name, defines), name, ("-std=c++17",))
@@ -174,32 +201,18 @@ class CudaBackend:
             # CuPy stages pageable memory, but reads pinned memory whenever the stream gets there: hence a copy of ours.
             return self.xp.asarray(array.copy())
 
-    def staging(self, num_bytes: int) -> npt.NDArray[np.uint8]:
-        """Pinned host memory, to be filled and given to :meth:`send`."""
-        while self._in_flight and self._in_flight[0][0].done:
-            self._in_flight.popleft()  # CuPy's pool of pinned memory may hand it out again
-        return self._empty_pinned(num_bytes)
+    def staging(self) -> "PinnedStaging | HostStaging":
+        return PinnedStaging(self)
 
-    def send(self, staged: npt.NDArray[np.uint8], device: Any, out: Any = None) -> Any:
-        """``staged`` on ``device``, or in ``out`` there, once the current stream gets to it.
-
-        Only then is it read, and so it is kept until that is done.
-        """
-        with self.on(device):
-            if out is None:
-                out = self._make(self.xp.empty, staged.shape, staged.dtype, device)
-            self._in_flight.append((self._copy_async(staged, out), staged))
-        return out
-
-    def _empty_pinned(self, num_bytes: int) -> npt.NDArray[np.uint8]:
+    def empty_pinned(self, num_bytes: int) -> npt.NDArray[np.uint8]:
         import cupyx
 
         return cupyx.empty_pinned(num_bytes, np.uint8)  # type: ignore[no-any-return]
 
-    def _copy_async(self, staged: npt.NDArray[np.uint8], out: Any) -> Any:
-        """Queue a copy from pinned memory; returns an event behind it."""
-        out.data.copy_from_host_async(staged.ctypes.data, staged.nbytes)
+    def copy_async(self, staged: npt.NDArray[np.uint8], out: Any) -> Any:
+        """Queue a copy from pinned memory on the current stream; returns an event behind it."""
         event = self.xp.cuda.Event(disable_timing=True)
+        out.data.copy_from_host_async(staged.ctypes.data, staged.nbytes)
         event.record()
         return event
 

@@ -1,7 +1,7 @@
 """What the shapes, strides and dtypes of a call fix: checked once, and remembered.
 
 A decode loop makes the same call over and over. Its checks, and what a backend derives from the shapes, are looked up:
-the :class:`Layout` by shapes, strides and dtypes, and what hangs on it by the layout's identity.
+the :class:`Layout` by shapes, strides and dtypes, and what depends on it by the layout's identity.
 """
 
 import functools

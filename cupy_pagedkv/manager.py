@@ -24,12 +24,12 @@ array([[0, 1],
 
 The life of a sequence, in positions of its tokens::
 
-    add(tokens)      [0, num_cached_tokens)            in the pool already, in blocks shared with whoever wrote them
-    prepare(batch)   [num_tokens, num_tokens + new)    have slots, and the layers write their K and V
-    commit(batch)    [0, num_tokens)                   is in the cache: num_tokens has grown by new, or by what was
-                                                       accepted of it, and blocks now full are found by other prompts
-    rollback(batch)  [num_tokens, num_tokens + new)    are forgotten
-    free(sequence)   [0, 0)                            full blocks stay findable until they are needed
+    add(tokens)         [0, num_cached_tokens)          in the pool already, in blocks shared with whoever wrote them
+    prepare({seq: new}) [num_tokens, num_tokens + new)  have slots, and the layers write their K and V
+    commit(batch)       [0, num_tokens)                 is in the cache: num_tokens has grown by new, or by what was
+                                                        accepted of it, and blocks now full are found by other prompts
+    rollback(batch)     [num_tokens, num_tokens + new)  are forgotten
+    free(seq)           [0, 0)                          full blocks stay findable until they are needed
 
         0          num_cached_tokens        num_tokens     num_tokens + new
         |---- shared ----|------ written ------|---- prepared ----|.... rest of the last block
@@ -39,8 +39,9 @@ two sequences share before one of them writes to it; both are queued on CuPy's c
 that the layers work on.
 """
 
+import mmap
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from types import TracebackType
@@ -50,19 +51,20 @@ import numpy as np
 import numpy.typing as npt
 
 from .backend import backend_of
+from .batch import Batch, BatchBuffers
 from .blocks import BlockTable, at_least
 from .cache import LayeredPagedKVCache
 from .pool import BlockPool, Node, Salt
 
-__all__ = ["Batch", "BatchBuffers", "KVCacheManager", "KVCacheStats", "Sequence"]
+__all__ = ["CachedSequence", "KVCacheManager", "KVCacheStats"]
 
-Tokens: TypeAlias = "npt.NDArray[np.integer] | Iterable[int]"
-"""A NumPy array ``[n]`` of whole numbers or a list of ints, each from −2³¹ to 2³¹ − 1."""
+Tokens: TypeAlias = npt.NDArray[np.integer] | Sequence[int]
+"""A NumPy array ``[n]`` of whole numbers, or a list of ints, each from −2³¹ to 2³¹ − 1."""
 
 _Ints: TypeAlias = npt.NDArray[np.int64]
 
 
-class Sequence:
+class CachedSequence:
     """A sequence of tokens in a :class:`KVCacheManager`, which makes it: ``manager.add(tokens)``.
 
     As a context manager it is freed at the end, and an exception rolls back the batch that it is in.
@@ -91,7 +93,7 @@ class Sequence:
         """Its blocks in logical order, those of an open batch among them; a copy on the host."""
         return self._owner()._blocks_of(self._row)
 
-    def fork(self) -> "Sequence":
+    def fork(self) -> "CachedSequence":
         """A second sequence with the same tokens, in the same blocks. No block is taken.
 
         Whoever first writes to the last block, where it is not full, writes to a copy.
@@ -108,7 +110,7 @@ class Sequence:
         """
         self._owner()._truncate(self, num_tokens)
 
-    def __enter__(self) -> "Sequence":
+    def __enter__(self) -> "CachedSequence":
         return self
 
     def __exit__(
@@ -123,139 +125,13 @@ class Sequence:
 
     def __repr__(self) -> str:
         if self._manager is None:
-            return "<Sequence, freed>"
-        return f"<Sequence of {self.num_tokens} tokens in blocks {self.block_table.tolist()}>"
+            return "<CachedSequence, freed>"
+        return f"<CachedSequence of {self.num_tokens} tokens in blocks {self.block_table.tolist()}>"
 
     def _owner(self) -> "KVCacheManager":
         if self._manager is None:
             raise ValueError("this sequence has been freed; add its tokens again")
         return self._manager
-
-
-class BatchBuffers:
-    """The arrays of a batch, where the cache is, with room for as much as :meth:`KVCacheManager.buffers` was asked for.
-
-    Their addresses stay what they are, so that a CUDA graph that reads them can be replayed for each new batch.
-    """
-
-    slot_mapping: Any
-    """int64 ``[num_tokens]``: where the K and V of each new token go; −1 behind the last."""
-    positions: Any
-    """int64 ``[num_tokens]``: the position of each new token in its sequence; 0 behind the last."""
-    block_tables: Any
-    """int32 ``[num_seqs, max_blocks]``: each sequence's blocks, and −1 behind the last."""
-    seq_lens: Any
-    """int32 ``[num_seqs]``: tokens of each sequence, the new ones among them; 0 behind the last."""
-    cu_seqlens: Any
-    """int32 ``[num_seqs + 1]``: the new tokens of sequence i are those from ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``;
-    their number behind the last."""
-
-    def __init__(self, memory: Any, num_seqs: int, num_tokens: int, max_blocks: int, num_copies: int) -> None:
-        """Views of ``memory``, of ``num_bytes(…)`` bytes, on whatever device it is."""
-        self._memory = memory
-        self._sizes = (num_seqs, num_tokens, max_blocks, num_copies)
-        self.positions, self.slot_mapping = memory[: 16 * num_tokens].view(np.int64).reshape(2, num_tokens)
-        small = memory[16 * num_tokens :].view(np.int32)
-        at = num_seqs * max_blocks
-        self.block_tables = small[:at].reshape(num_seqs, max_blocks)
-        self.seq_lens = small[at : at + num_seqs]
-        self.cu_seqlens = small[at + num_seqs : at + 2 * num_seqs + 1]
-        self._copies = small[at + 2 * num_seqs + 1 :].reshape(2, num_copies)  # blocks from and to
-
-    @staticmethod
-    def num_bytes(num_seqs: int, num_tokens: int, max_blocks: int, num_copies: int) -> int:
-        """Bytes that all the arrays take."""
-        return 16 * num_tokens + 4 * (num_seqs * max_blocks + 2 * num_seqs + 1 + 2 * num_copies)
-
-    def _check_room(self, *wanted: int) -> None:
-        for name, has, needs in zip(("num_seqs", "num_tokens", "max_blocks"), self._sizes, wanted, strict=False):
-            if needs > has:
-                raise ValueError(f"the batch needs {name} {needs}, but the buffers were made for {has}")
-
-    def _pad(self) -> None:
-        self._memory[:] = 0
-        self.slot_mapping[:] = -1
-        self.block_tables[:] = -1
-
-
-class Batch:
-    """The next tokens of some sequences, with room for their K and V: what :meth:`KVCacheManager.prepare` returns.
-
-    ``slot_mapping``, ``positions``, ``block_tables``, ``seq_lens`` and ``cu_seqlens`` are as in :class:`BatchBuffers`,
-    where the cache is, of the sizes that the batch has, unless buffers were given. As a context manager it is committed
-    at the end, or rolled back if an exception comes.
-    """
-
-    slot_mapping: Any
-    positions: Any
-    block_tables: Any
-    seq_lens: Any
-    cu_seqlens: Any
-
-    def __init__(
-        self,
-        manager: "KVCacheManager",
-        sequences: tuple[Sequence, ...],
-        rows: _Ints,
-        tokens: npt.NDArray[np.int32],
-        starts: _Ints,
-        counts: _Ints,
-    ) -> None:
-        self.sequences = sequences
-        """In the order of the arrays."""
-        self._manager = manager
-        self._rows = rows
-        self._tokens = tokens
-        self._starts = starts
-        self._counts = counts
-        # Of each new token: the index of its sequence, and its position there.
-        self._index = np.repeat(np.arange(len(rows)), counts)
-        self._first = np.cumsum(counts) - counts
-        self._positions = np.arange(len(tokens)) + (starts - self._first)[self._index]
-        self._end = ""  # how it ended
-
-    def _fill(self, host: BatchBuffers, tables: npt.NDArray[np.int32], block_size: int) -> None:
-        """Everything but the block tables."""
-        num_seqs, num_tokens = len(self._rows), len(self._tokens)
-        host.positions[:num_tokens] = self._positions
-        columns, offsets = np.divmod(self._positions, block_size)
-        slots = host.slot_mapping[:num_tokens]
-        slots[:] = tables[self._index, columns]
-        slots *= block_size
-        slots += offsets
-        host.seq_lens[:num_seqs] = self._starts + self._counts
-        host.cu_seqlens[:num_seqs] = self._first
-        host.cu_seqlens[num_seqs:] = num_tokens
-
-    def _take(self, arrays: BatchBuffers) -> None:
-        self.slot_mapping = arrays.slot_mapping
-        self.positions = arrays.positions
-        self.block_tables = arrays.block_tables
-        self.seq_lens = arrays.seq_lens
-        self.cu_seqlens = arrays.cu_seqlens
-
-    @property
-    def num_tokens(self) -> int:
-        """New tokens, of all sequences."""
-        return len(self._tokens)
-
-    def __len__(self) -> int:
-        return len(self.sequences)
-
-    def __repr__(self) -> str:
-        return f"<Batch of {self.num_tokens} tokens of {len(self)} sequences, {self._end or 'open'}>"
-
-    def __enter__(self) -> "Batch":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if not self._end:
-            if kind is None:
-                self._manager.commit(self)
-            else:
-                self._manager.rollback(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,20 +140,20 @@ class KVCacheStats:
 
     total_blocks: int
     free_blocks: int
-    """That hold nothing of worth."""
+    """That no sequence owns, and that hold nothing that is found."""
     live_blocks: int
     """That sequences own."""
     cached_blocks: int
     """That no sequence owns, but that are found by their tokens until they are needed."""
     num_sequences: int
     prompts: int
-    """Calls of ``add``."""
+    """Sequences that came by ``add``, counted when their first batch is committed."""
     hits: int
-    """Those that found at least one block."""
+    """Those of them that shared a block."""
     prompt_tokens: int
-    """Tokens that ``add`` was given."""
+    """Tokens that ``add`` was given for them."""
     tokens_saved: int
-    """Those of them that need no computing."""
+    """Those of the tokens that needed no computing."""
     evictions: int
     """Cached blocks that were taken for other tokens."""
     copies: int
@@ -300,8 +176,11 @@ class KVCacheManager:
     With ``prefix_caching``, a new sequence shares the full blocks that hold its first tokens already, whether their
     sequence lives or is gone. A match is exact: all tokens before the block, and the salt, are compared, not hashed.
 
-    A call that raises leaves everything as it was. Not thread-safe. The cost of a call hangs on what it is given, not
-    on the size of the pool or on how many sequences there are, but for :meth:`check_integrity`.
+    A call that raises leaves everything as it was. Not thread-safe. The cost of a call depends on what it is given, not
+    on the size of the pool or on how many sequences there are, but for :meth:`check_integrity`,
+    :meth:`reset_prefix_cache` and, now and then, the growth of its own tables.
+
+    A cache has one manager, which nobody else hands out blocks beside. Raises ``TypeError`` for another kind of cache.
 
     >>> cache = LayeredPagedKVCache(1, 8, 4, num_kv_heads=1, head_dim=2, dtype="float16", device="cpu")
     >>> manager = KVCacheManager(cache)
@@ -316,20 +195,24 @@ class KVCacheManager:
     """
 
     def __init__(self, cache: LayeredPagedKVCache, *, prefix_caching: bool = True) -> None:
+        if not isinstance(cache, LayeredPagedKVCache):
+            raise TypeError(f"cache must be a LayeredPagedKVCache, got {type(cache).__name__}")
         self._cache = cache
+        self._place = cache[0].k_cache.device
+        self._staging = backend_of(("the cache",), cache[0].k_cache).staging()
         self._prefix_caching = prefix_caching
         self._block_size = cache.block_size
         self._pool = BlockPool(cache.num_blocks, cache.block_size)
-        # A row for each sequence. Tables hold ids plus one: behind the last block they are 0, which is how fresh memory
-        # reads, and takes no memory as long as nothing else is written there.
+        # A row for each sequence. Tables hold ids plus one: behind the last block they are 0, as fresh memory reads.
         self._lengths = np.zeros(0, np.int64)
         self._num_blocks = np.zeros(0, np.int64)
-        self._tables = np.zeros((0, 8), np.int32)
+        self._tables = _lazy_zeros(0, 8)
         self._tails = np.empty((0, self._block_size), np.int32)  # the tokens in the last block, where it is not full
         self._is_open = np.zeros(0, np.bool_)  # whether it is in a batch that has not ended
-        self._sequences: set[Sequence] = set()
+        self._sequences: set[CachedSequence] = set()
         self._batches: set[Batch] = set()
         self._free_rows: list[int] = []
+        self._uncounted: dict[CachedSequence, int] = {}  # the tokens of prompts of which nothing is committed yet
         self._prompts = self._hits = self._prompt_tokens = self._tokens_saved = self._copies = 0
 
     @property
@@ -337,7 +220,7 @@ class KVCacheManager:
         """Blocks that could be taken at this moment: the free and the cached ones."""
         return self._pool.num_available
 
-    def add(self, tokens: Tokens, *, salt: Salt = None) -> Sequence:
+    def add(self, tokens: Tokens, *, salt: Salt = None) -> CachedSequence:
         """A new sequence that is going to begin with ``tokens``; no block is taken, and nothing is written yet.
 
         Full blocks that hold the first of them are shared: ``num_cached_tokens`` of the sequence says how many tokens
@@ -359,28 +242,30 @@ class KVCacheManager:
         blocks = np.fromiter(found, np.int32, len(found))
         num_cached = len(blocks) * self._block_size
         sequence = self._new_sequence(root, num_cached, blocks)
-        self._prompts += 1
-        self._hits += num_cached > 0
-        self._prompt_tokens += len(prompt)
-        self._tokens_saved += num_cached
+        self._uncounted[sequence] = len(prompt)
         return sequence
 
-    def prepare(self, new_tokens: Mapping[Sequence, Tokens], *, buffers: BatchBuffers | None = None) -> Batch:
+    def prepare(self, new_tokens: Mapping[CachedSequence, Tokens], *, buffers: BatchBuffers | None = None) -> Batch:
         """Room for the next tokens of each sequence: a prompt, a piece of one, one decoded token, a speculative run.
 
         new_tokens
             For each sequence the tokens that come behind its ``num_tokens``.
         buffers
-            Of :meth:`buffers`; they become the batch's arrays, and what they hold is overwritten in the order of the
-            current stream.
+            What :meth:`buffers` returned; they become the batch's arrays, and are filled in the order of the current
+            stream. Until the batch has ended they cannot be those of another.
 
         Until the batch is committed or rolled back, its sequences cannot be in another, nor forked, truncated or freed.
 
-        Raises :class:`~cupy_pagedkv.OutOfBlocksError` if the blocks do not suffice for all of them, ``ValueError`` for
-        sequences that are freed, of another manager or in an open batch, and for more than the buffers hold,
-        ``TypeError`` and ``ValueError`` for what are no tokens. Cached blocks may be gone if a device fails, but
-        nothing else has changed.
+        On a GPU this copies from the host, and so a CUDA graph must not capture it.
+
+        Raises :class:`~cupy_pagedkv.OutOfBlocksError` if the blocks do not suffice for all of them; the free ones that
+        it counts are free or cached. Raises ``ValueError`` for sequences that are freed, of another manager or in an
+        open batch, for buffers that are another manager's, in use or too small, ``TypeError`` and ``ValueError`` for
+        what are no tokens. If a device fails, cached blocks may be gone and buffers hold anything; all else is as it
+        was.
         """
+        if not isinstance(new_tokens, Mapping):
+            raise TypeError(f"expected {{sequence: its new tokens}}, got {type(new_tokens).__name__}")
         sequences = tuple(new_tokens)
         rows = self._rows_of(sequences)
         counts, tokens = _joined(list(new_tokens.values()))
@@ -390,6 +275,7 @@ class KVCacheManager:
         num_blocks, needed = -(-starts // size), -(-ends // size)
         max_blocks = int(needed.max(initial=0))
         if buffers is not None:
+            self._check_buffers(buffers)
             buffers._check_room(len(rows), len(tokens), max_blocks)
         batch = Batch(self, sequences, rows, tokens, starts, counts)
 
@@ -405,13 +291,13 @@ class KVCacheManager:
         owners = np.repeat(growing, grown[growing])
         columns = _ranges(num_blocks[growing], grown[growing])
 
-        self._widen(max_blocks)
         taken = self._pool.take(len(owners) + len(copiers))
         try:
+            self._widen(max_blocks)
             seq = np.concatenate([owners, copiers])
             column = np.concatenate([columns, starts[copiers] // size])
             sizes = (len(rows), len(tokens), max_blocks, len(copied)) if buffers is None else buffers._sizes
-            host = self._staged(*sizes)
+            host = BatchBuffers(self._staging.empty(BatchBuffers.num_bytes(*sizes)), *sizes)
             if buffers is not None:
                 host._pad()
             tables = host.block_tables[: len(rows), :max_blocks]
@@ -419,7 +305,8 @@ class KVCacheManager:
             tables[seq, column] = taken
             batch._fill(host, tables, size)
             host._copies[:, : len(copied)] = copied, taken[len(owners) :]
-            arrays = self._send(host, buffers)
+            memory = self._staging.send(host._memory, self._place, None if buffers is None else buffers._memory)
+            arrays = BatchBuffers(memory, *sizes) if buffers is None else buffers
             if len(copied):
                 self._cache.copy_blocks(*arrays._copies[:, : len(copied)])
         except BaseException:
@@ -437,7 +324,7 @@ class KVCacheManager:
         self._is_open[rows] = True
         return batch
 
-    def commit(self, batch: Batch, accepted: Mapping[Sequence, int] | None = None) -> None:
+    def commit(self, batch: Batch, accepted: Mapping[CachedSequence, int] | None = None) -> None:
         """Say that the layers have written the K and V of a batch, or that this work is queued on the current stream.
 
         The sequences grow by the batch's tokens, and blocks that are now full can be shared.
@@ -449,24 +336,29 @@ class KVCacheManager:
         it and for more tokens than they have in it.
         """
         self._check_open(batch)
+        if accepted is not None and not isinstance(accepted, Mapping):
+            raise TypeError(f"accepted must be {{sequence: number of tokens}}, got {type(accepted).__name__}")
         kept = batch._counts if accepted is None else self._accepted(batch, accepted)
         ends = batch._starts + kept
         if self._prefix_caching:
             self._remember(batch, ends)
         self._lengths[batch._rows] = ends
+        if self._uncounted:
+            for sequence in batch.sequences:
+                self._count(sequence)
         self._close(batch, "committed")
 
     def rollback(self, batch: Batch) -> None:
         """Drop a batch: its sequences are what they were before, whatever the layers have written.
 
-        Only a copy of a shared block that was made for it is kept, by the sequence for which it was made.
+        Only a copy of a shared block is kept, by the sequence that it was made for: a fork may own one block more.
 
         Raises ``ValueError`` for a batch that has ended already or is another manager's.
         """
         self._check_open(batch)
         self._close(batch, "rolled back")
 
-    def free(self, sequence: Sequence) -> None:
+    def free(self, sequence: CachedSequence) -> None:
         """Let go of all its blocks. Those that no other sequence owns are free, or found by their tokens until they are
         needed: first those that were let go longest ago, and of one sequence the last block first.
 
@@ -477,6 +369,7 @@ class KVCacheManager:
         self._shrink(row)
         self._free_rows.append(row)
         self._sequences.remove(sequence)
+        self._uncounted.pop(sequence, None)
         sequence._manager = None
         del sequence._root  # and with it a salt that nobody uses any more
 
@@ -488,9 +381,12 @@ class KVCacheManager:
         """
         num_seqs = at_least(1, "num_seqs", num_seqs)
         num_tokens, max_blocks = at_least(1, "num_tokens", num_tokens), at_least(1, "max_blocks", max_blocks)
-        host = self._staged(num_seqs, num_tokens, max_blocks, num_seqs)
+        sizes = num_seqs, num_tokens, max_blocks, num_seqs
+        host = BatchBuffers(self._staging.empty(BatchBuffers.num_bytes(*sizes)), *sizes)
         host._pad()
-        return self._send(host)
+        buffers = BatchBuffers(self._staging.send(host._memory, self._place), *sizes)
+        buffers._owner = self
+        return buffers
 
     def reset_prefix_cache(self) -> None:
         """Let no block be found any more, as is right when the model's weights have changed.
@@ -534,14 +430,14 @@ class KVCacheManager:
         if rows != list(range(len(self._lengths))):
             raise RuntimeError(f"{len(self._free_rows)} free and {len(self._sequences)} used rows are not all rows")
 
-    def _fork(self, sequence: Sequence) -> Sequence:
+    def _fork(self, sequence: CachedSequence) -> CachedSequence:
         row = int(self._rows_of((sequence,))[0])
         length = int(self._lengths[row])
         fork = self._new_sequence(sequence._root, length, self._blocks_of(row))
         self._tails[fork._row] = self._tails[row]
         return fork
 
-    def _truncate(self, sequence: Sequence, num_tokens: int) -> None:
+    def _truncate(self, sequence: CachedSequence, num_tokens: int) -> None:
         row = int(self._rows_of((sequence,))[0])
         length = int(self._lengths[row])
         if at_least(0, "num_tokens", num_tokens) > length:
@@ -549,8 +445,7 @@ class KVCacheManager:
         last, offset = divmod(num_tokens, self._block_size)
         if offset and last < length // self._block_size and self._prefix_caching:
             # A full block becomes the last one and is not full any more; its tokens are in the trie.
-            chunk, _ = self._pool.remembered(int(self._tables[row, last]) - 1)
-            self._tails[row] = np.frombuffer(chunk, np.int32)
+            self._tails[row] = np.frombuffer(self._pool.node_of(int(self._tables[row, last]) - 1).chunk, np.int32)
         self._lengths[row] = num_tokens
         self._shrink(row)
 
@@ -564,7 +459,7 @@ class KVCacheManager:
     def _blocks_of(self, row: int) -> npt.NDArray[np.int32]:
         return self._tables[row, : self._num_blocks[row]] - 1
 
-    def _new_sequence(self, root: Node, length: int, blocks: npt.NDArray[np.int32]) -> Sequence:
+    def _new_sequence(self, root: Node, length: int, blocks: npt.NDArray[np.int32]) -> CachedSequence:
         if not self._free_rows:
             self._add_rows()
         self._widen(len(blocks))
@@ -573,7 +468,7 @@ class KVCacheManager:
         self._tables[row, : len(blocks)] = blocks + 1
         self._num_blocks[row] = len(blocks)
         self._lengths[row] = length
-        sequence = Sequence(self, row, root, length)
+        sequence = CachedSequence(self, row, root, length)
         self._sequences.add(sequence)
         return sequence
 
@@ -591,10 +486,10 @@ class KVCacheManager:
         """Give all tables at least ``max_blocks`` columns."""
         height, width = self._tables.shape
         if max_blocks > width:
-            self._resize_tables(height, max(max_blocks, 2 * width))
+            self._resize_tables(height, max(max_blocks, min(2 * width, self._pool.num_blocks)))
 
     def _resize_tables(self, height: int, width: int) -> None:
-        tables = np.zeros((height, width), np.int32)
+        tables = _lazy_zeros(height, width)
         for row, num_blocks in enumerate(self._num_blocks.tolist()):
             tables[row, :num_blocks] = self._tables[row, :num_blocks]
         self._tables = tables
@@ -603,35 +498,38 @@ class KVCacheManager:
         """Tokens that fill blocks, as the bytes of each block."""
         return tokens.view(f"V{tokens.itemsize * self._block_size}").tolist() if len(tokens) else []
 
-    def _rows_of(self, sequences: tuple[Sequence, ...]) -> _Ints:
+    def _rows_of(self, sequences: tuple[CachedSequence, ...]) -> _Ints:
         """Where the sequences are, if all of them are this manager's and in no open batch."""
         try:
             rows = np.array([sequence._row for sequence in sequences if sequence._manager is self], np.int64)
+            if len(rows) < len(sequences):
+                for sequence in sequences:
+                    if sequence._owner() is not self:  # raises for one that is freed
+                        raise ValueError(f"{sequence!r} is another manager's")
         except AttributeError:
-            kinds = sorted({type(sequence).__name__ for sequence in sequences} - {"Sequence"})
-            raise TypeError(f"expected Sequences, which add() returns, got {', '.join(kinds)}") from None
-        if len(rows) < len(sequences):
-            for sequence in sequences:
-                sequence._owner()  # raises for one that is freed
-            raise ValueError("this sequence is another manager's")
-        if self._is_open[rows].any():
-            raise ValueError("this sequence is in an open batch; commit it or roll it back first")
+            kinds = sorted({type(sequence).__name__ for sequence in sequences} - {"CachedSequence"})
+            raise TypeError(f"expected sequences, which add() returns, got {', '.join(kinds)}") from None
+        is_open = self._is_open[rows]
+        if is_open.any():
+            raise ValueError(f"{sequences[is_open.argmax()]!r} is in an open batch; commit it or roll it back first")
         return rows
 
-    def _staged(self, *sizes: int) -> BatchBuffers:
-        """Arrays on the host, to be filled and sent."""
-        backend = backend_of(("the cache",), self._cache[0].k_cache)
-        return BatchBuffers(backend.staging(BatchBuffers.num_bytes(*sizes)), *sizes)
+    def _check_buffers(self, buffers: BatchBuffers) -> None:
+        if not isinstance(buffers, BatchBuffers):
+            raise TypeError(f"buffers must be what buffers() returned, got {type(buffers).__name__}")
+        if buffers._owner is not self:
+            raise ValueError("these buffers are another manager's")
+        if any(batch._buffers is buffers for batch in self._batches):
+            raise ValueError("these buffers are those of an open batch; commit it or roll it back first")
 
-    def _send(self, host: BatchBuffers, buffers: BatchBuffers | None = None) -> BatchBuffers:
-        """The same arrays where the cache is, in one transfer."""
-        pool = self._cache[0].k_cache
-        memory = backend_of(("the cache",), pool).send(
-            host._memory, pool.device, None if buffers is None else buffers._memory
-        )
-        if buffers is not None:
-            return buffers
-        return host if memory is host._memory else BatchBuffers(memory, *host._sizes)
+    def _count(self, sequence: CachedSequence) -> None:
+        """Count a prompt, the first time that a batch of its sequence is committed."""
+        num_tokens = self._uncounted.pop(sequence, None)
+        if num_tokens is not None:
+            self._prompts += 1
+            self._hits += sequence._num_cached > 0
+            self._prompt_tokens += num_tokens
+            self._tokens_saved += sequence._num_cached
 
     def _check_open(self, batch: Batch) -> None:
         if not isinstance(batch, Batch):
@@ -641,7 +539,7 @@ class KVCacheManager:
         if batch._end:
             raise ValueError(f"this batch has been {batch._end} already")
 
-    def _accepted(self, batch: Batch, accepted: Mapping[Sequence, int]) -> _Ints:
+    def _accepted(self, batch: Batch, accepted: Mapping[CachedSequence, int]) -> _Ints:
         """How many new tokens of each sequence are kept."""
         kept = batch._counts.copy()
         index = {sequence: i for i, sequence in enumerate(batch.sequences)}
@@ -670,7 +568,7 @@ class KVCacheManager:
         goes_on = (ends[filling] > (columns + 1) * size).tolist()
         for j, i in enumerate(filling.tolist()):
             column = columns[j]
-            node = self._pool.remembered(before[j])[1] if column else batch.sequences[i]._root
+            node = self._pool.node_of(before[j]) if column else batch.sequences[i]._root
             node = remember(blocks[j], node, chunks[j])
             if goes_on[j]:
                 first = batch._first[i] - batch._starts[i]  # where position 0 of the sequence would be in the batch
@@ -697,6 +595,18 @@ def _ranges(starts: _Ints, counts: _Ints) -> _Ints:
     return np.arange(len(shifts)) + shifts
 
 
+def _lazy_zeros(height: int, width: int) -> npt.NDArray[np.int32]:
+    """Zeros ``[height, width]`` that take memory where something else is written, a small page at a time.
+
+    NumPy asks for huge pages, of which each of thousands of short rows would take one, as soon as one row is long.
+    """
+    if not (height * width and hasattr(mmap, "MADV_NOHUGEPAGE")):  # Linux has it
+        return np.zeros((height, width), np.int32)
+    memory = mmap.mmap(-1, 4 * height * width, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, np.int32).reshape(height, width)
+
+
 def _as_tokens(tokens: Any) -> npt.NDArray[np.int32]:
     """Tokens as int32 ``[n]``: whole numbers that fit."""
     if isinstance(tokens, np.ndarray):
@@ -705,10 +615,10 @@ def _as_tokens(tokens: Any) -> npt.NDArray[np.int32]:
         if len(tokens) and (tokens.min() < -(2**31) or tokens.max() >= 2**31):
             raise ValueError(f"tokens must be from -2**31 to 2**31 - 1, got {tokens.min()} to {tokens.max()}")
         return np.ascontiguousarray(tokens, np.int32)
-    if hasattr(tokens, "__cuda_array_interface__"):
-        raise TypeError("tokens must be on the host, got an array on a GPU; copy it with cupy.asnumpy")
+    if not isinstance(tokens, Sequence) or isinstance(tokens, str | bytes | bytearray):
+        raise TypeError(f"tokens must be a list of ints or a NumPy array on the host, got {type(tokens)}")
     try:
-        return np.asarray(array("i", tokens if isinstance(tokens, list) else iter(tokens)))
+        return np.asarray(array("i", tokens))
     except OverflowError:
         raise ValueError("tokens must be from -2**31 to 2**31 - 1") from None
     except TypeError as error:
@@ -718,7 +628,7 @@ def _as_tokens(tokens: Any) -> npt.NDArray[np.int32]:
 def _joined(lists: list[Any]) -> tuple[_Ints, npt.NDArray[np.int32]]:
     """The tokens of several sequences: how many of each, and all of them."""
     if set(map(type, lists)) <= {list}:  # one conversion for all, in a decode step
-        joined = _as_tokens(chain.from_iterable(lists))
+        joined = _as_tokens(list(chain.from_iterable(lists)))
     else:
         lists = [_as_tokens(tokens) for tokens in lists]
         joined = np.concatenate(lists)

@@ -18,7 +18,7 @@ import numpy as np
 
 from .layout import Layout, Pools
 
-__all__ = ["HostArrays", "NumpyBackend"]
+__all__ = ["HostArrays", "HostStaging", "NumpyBackend"]
 
 _Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 _Job: TypeAlias = Callable[[], object]
@@ -170,6 +170,19 @@ def _places(
     return block_tables[np.repeat(np.arange(len(counts)), counts), columns], offsets
 
 
+class HostStaging:
+    """The way of bytes from the host to the host, which is none unless they have to be in a certain place."""
+
+    def empty(self, num_bytes: int) -> _Array:
+        return np.empty(num_bytes, np.uint8)
+
+    def send(self, staged: _Array, device: str, out: _Array | None = None) -> _Array:
+        if out is None:
+            return staged
+        out[:] = staged
+        return out
+
+
 class HostArrays:
     """Arrays in host memory, where NumPy and the emulated device work; ``device`` is always ``"cpu"``."""
 
@@ -196,14 +209,8 @@ class HostArrays:
     def from_numpy(self, array: _Array, device: str) -> _Array:
         return array
 
-    def staging(self, num_bytes: int) -> _Array:
-        return np.empty(num_bytes, np.uint8)
-
-    def send(self, staged: _Array, device: str, out: _Array | None = None) -> _Array:
-        if out is None:
-            return staged
-        out[:] = staged
-        return out
+    def staging(self) -> "HostStaging":
+        return HostStaging()
 
 
 class NumpyBackend(HostArrays):

@@ -90,7 +90,7 @@ def gather_cache(
         ``[num_seqs, max_blocks]``. Only the entries that a sequence needs are looked at.
     seq_lens, seq_starts
         ``[num_seqs]``: of sequence ``i`` the positions ``seq_starts[i]`` … ``seq_lens[i] − 1`` are copied;
-        ``seq_starts`` is all zeros by default. Host values, since the size of the result hangs on them; with ``out``
+        ``seq_starts`` is all zeros by default. Host values, since the size of the result depends on them; with ``out``
         they may be arrays where the pools are.
     out
         ``(key, value)``, of at least as many rows as are copied and of any strides; further rows stay as they are.
@@ -127,7 +127,7 @@ def gather_cache(
     on_host = isinstance(lens, np.ndarray) and (starts is None or isinstance(starts, np.ndarray))
     if not on_host and out is None:
         raise TypeError(
-            "seq_lens and seq_starts must be lists or NumPy arrays, since the size of the result hangs on them; "
+            "seq_lens and seq_starts must be lists or NumPy arrays, since the size of the result depends on them; "
             "to keep them on the GPU, give out=(key, value)"
         )
     if on_host or devices.DEBUG:

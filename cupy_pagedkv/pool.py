@@ -3,10 +3,9 @@
 A block is *free*, *live* (it has owners) or *cached* (it has none, but is found by its tokens until it is needed for
 others), and free + live + cached is always the whole pool.
 
-What is found is an exact trie of nested dictionaries: a node maps the tokens of one block, as bytes, to the block that
-holds them and to the node of what came after them. Two prompts meet in a node only if all tokens before it are equal,
-because no key is a hash of anything; and a node is an object, so that no number of an old one can come back as that of
-a new one.
+What is found is an exact trie of nested dictionaries: a node maps the tokens of one more block, as bytes, to the next
+node. Two prompts meet in a node only if all tokens before it are equal, because no key is a hash of anything; and a
+node is an object, so that no number of an old one can come back as that of a new one.
 """
 
 from collections import deque
@@ -26,10 +25,17 @@ Salt: TypeAlias = str | bytes | int | None
 _Blocks: TypeAlias = npt.NDArray[np.int32]
 
 
-class Node(dict[bytes, tuple[int, "Node"]]):
-    """What may follow a prefix: the tokens of one more block → (the block that holds them, the node behind it)."""
+class Node(dict[bytes, "Node"]):
+    """The end of a prefix that fills blocks: the tokens of one more block → the node behind them."""
 
-    __slots__ = ("__weakref__",)
+    __slots__ = ("__weakref__", "block", "chunk", "parent")
+
+    def __init__(self, parent: "Node | None" = None, chunk: bytes = b"", block: int = -1) -> None:
+        self.parent = parent
+        self.chunk = chunk
+        """The tokens of the last block."""
+        self.block = block
+        """Which that is; a root has none."""
 
 
 class BlockPool:
@@ -54,10 +60,8 @@ class BlockPool:
         self._owners = np.zeros(num_blocks, np.int32)
         self._cached = _Queue(num_blocks)
         self._roots: WeakValueDictionary[tuple[type, Salt], Node] = WeakValueDictionary()
-        # Of a block that holds remembered tokens: where in the trie they are, and the node behind them.
-        self._place: list[tuple[Node, bytes] | None] = [None] * num_blocks
-        self._node: list[Node | None] = [None] * num_blocks
-        # Live blocks that hold the same as one that is found: {the block that is found: the others}.
+        self._node: list[Node | None] = [None] * num_blocks  # behind the tokens that a block is found by
+        # Live blocks that hold the same as another that is found, and live: {that one: the others}.
         self._twins: dict[int, set[int]] = {}
         self.evictions = 0
 
@@ -104,13 +108,10 @@ class BlockPool:
         """
         self._owners[blocks] -= 1
         gone = blocks[self._owners[blocks] == 0][::-1]
-        places = self._place
-        stays = np.fromiter((places[block] is not None for block in gone.tolist()), np.bool_, len(gone))
-        if self._twins:
-            for i, block in enumerate(gone.tolist()):
-                if stays[i] and self._has_twin(block):
-                    self.forget([block])  # what it holds is found in another one
-                    stays[i] = False
+        if self._twins:  # what they hold is found in another block
+            self.forget([block for block in gone.tolist() if self._has_twin(block)])
+        nodes = self._node
+        stays = np.fromiter((nodes[block] is not None for block in gone.tolist()), np.bool_, len(gone))
         self._cached.put(gone[stays])
         self._allocator.free(gone[~stays])
 
@@ -143,54 +144,69 @@ class BlockPool:
         append, node = blocks.append, root
         try:
             for chunk in chunks:
-                block, node = node[chunk]
-                append(block)
+                node = node[chunk]
+                append(node.block)
         except KeyError:
             pass
         return blocks
 
-    def remember(self, block: int, node: Node, chunk: bytes) -> Node:
-        """Let the tokens ``chunk`` be found in ``block`` behind ``node``; returns the node behind them.
+    def remember(self, block: int, parent: Node, chunk: bytes) -> Node:
+        """Let the tokens ``chunk`` behind ``parent`` be found in the live ``block``; returns the node behind them.
 
-        Where another block holds them already, that one is found as before, and this one takes its place when the
-        other loses its last owner.
+        Where another live block holds them already, that one is found as before, and this one takes its place when the
+        other loses its last owner. A cached one is freed: its content is now in use, and need not be there twice.
         """
-        found = node.get(chunk)
-        if found is None:
-            node[chunk] = found = (block, Node())
+        node = parent.get(chunk)
+        if node is None:
+            parent[chunk] = node = Node(parent, chunk, block)
+        elif self._owners[node.block]:
+            self._twins.setdefault(node.block, set()).add(block)
         else:
-            self._twins.setdefault(found[0], set()).add(block)
-        self._place[block] = node, chunk
-        self._node[block] = found[1]
-        return found[1]
+            cached = np.array([node.block], np.int32)
+            self._node[node.block] = None
+            self._cached.remove(cached)
+            self._allocator.free(cached)
+            node.block = block
+        self._node[block] = node
+        return node
 
     def forget(self, blocks: Iterable[int]) -> None:
-        """Let ``blocks`` be found no more, because something else will be written to them."""
+        """Let ``blocks`` be found no more, because something else will be written to them, nor what came behind them.
+
+        The latter can only be cached, since who owns a block owns those before it, or twins of theirs; it is freed.
+        """
+        unreachable: list[int] = []
         for block in blocks:
-            place = self._place[block]
-            if place is None:
+            node = self._node[block]
+            if node is None:
                 continue
-            node, chunk = place
-            first, behind = node[chunk]
-            twins = self._twins.pop(first, None)
-            if first != block:
-                assert twins is not None
+            self._node[block] = None
+            twins = self._twins.pop(node.block, set())
+            if node.block != block:
                 twins.remove(block)
             elif twins:
-                first = twins.pop()
-                node[chunk] = first, behind
+                node.block = twins.pop()
             else:
-                del node[chunk]
+                assert node.parent is not None
+                del node.parent[node.chunk]
+                behind = [node]
+                while behind:
+                    children = behind.pop().values()
+                    behind += children
+                    unreachable += (child.block for child in children)
             if twins:
-                self._twins[first] = twins
-            self._place[block] = self._node[block] = None
+                self._twins[node.block] = twins
+        for block in unreachable:
+            self._node[block] = None
+        dropped = np.array([block for block in unreachable if self._cached.holds(block)], np.int32)
+        self._cached.remove(dropped)
+        self._allocator.free(dropped)
 
-    def remembered(self, block: int) -> tuple[bytes, Node]:
-        """The tokens of a block that :meth:`remember` was told of, and the node behind them."""
-        place, node = self._place[block], self._node[block]
-        assert place is not None
+    def node_of(self, block: int) -> Node:
+        """The node behind the tokens of a block that :meth:`remember` was told of."""
+        node = self._node[block]
         assert node is not None
-        return place[1], node
+        return node
 
     def clear(self) -> None:
         """Free all cached blocks."""
@@ -208,27 +224,30 @@ class BlockPool:
         if len(wrong):
             block = wrong[0]
             raise RuntimeError(f"block {block} counts {self._owners[block]} owners, but {owners[block]} hold it")
+        self._cached.check()
         for block in range(total):
-            place = self._place[block]
+            node = self._node[block]
             is_cached, is_live = self._cached.holds(block), self._owners[block] > 0
-            if is_cached and (is_live or place is None):
+            if is_cached and (is_live or node is None):
                 raise RuntimeError(f"block {block} is cached, but {'has an owner' if is_live else 'is not found'}")
-            if place is None:
+            if node is None:
                 continue
-            first, behind = place[0].get(place[1], (-1, None))
-            if behind is not self._node[block] or (first != block and block not in self._twins.get(first, ())):
-                raise RuntimeError(f"block {block} is remembered, but its tokens lead to block {first}")
+            parent = node.parent
+            if parent is None or parent.get(node.chunk) is not node:
+                raise RuntimeError(f"block {block} is remembered, but not found")
+            if parent.parent is not None and self._node[parent.block] is not parent:
+                raise RuntimeError(f"block {block} is remembered, but not what comes before it")
+            if node.block != block and block not in self._twins.get(node.block, ()):
+                raise RuntimeError(f"block {block} is remembered, but its tokens lead to block {node.block}")
             if not (is_cached or is_live):
                 raise RuntimeError(f"block {block} is free, but still found")
         for block, twins in self._twins.items():
-            if not (twins and (self._owners[list(twins)] > 0).all()):
+            if not (twins and (self._owners[[block, *twins]] > 0).all()):
                 raise RuntimeError(f"block {block} has the twins {sorted(twins)}, but not all of them are live")
 
     def _has_twin(self, block: int) -> bool:
-        if block in self._twins:
-            return True
-        place = self._place[block]
-        return place is not None and place[0][place[1]][0] != block
+        node = self._node[block]
+        return node is not None and (node.block != block or block in self._twins)
 
 
 class _Queue:
@@ -257,6 +276,13 @@ class _Queue:
             runs, self._runs, self._places = self._runs, deque(), 0
             for stamp, run in runs:
                 self._append(stamp, run[self._stamp[run] == stamp])
+
+    def check(self) -> None:
+        """Raise ``RuntimeError`` unless the runs hold each block that is in the queue once."""
+        held = sum(int(np.count_nonzero(self._stamp[run] == stamp)) for stamp, run in self._runs)
+        stamped = int(np.count_nonzero(self._stamp))
+        if not self.count == held == stamped:
+            raise RuntimeError(f"{self.count} cached blocks are counted, {held} stand in line, {stamped} are marked")
 
     def remove(self, blocks: _Blocks) -> None:
         self._stamp[blocks] = 0

@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .backend import backend_of
+from .batch import Batch
 from .blocks import BlockTable, OutOfBlocksError, at_least
 from .cache import LayeredPagedKVCache
-from .manager import Batch, KVCacheManager
-from .manager import Sequence as CachedSequence
+from .manager import CachedSequence, KVCacheManager
 from .traces import HASHED_TOKENS, Request
 
 __all__ = ["MismatchError", "OversizedRequestError", "Report", "replay"]
@@ -216,7 +216,6 @@ class _Replay:
         self.running: list[_Sequence] = []  # the oldest first
         self.max_num_seqs = max_num_seqs
         self.max_length = max((sequence.length for sequence in sequences), default=0)
-        self.admitted_tokens = 0
         # Sums over the steps, in places for a token: in blocks, of these with a token; in buffers, of these with one,
         # and with one of the buffers that the pool has room for.
         self.places = np.zeros(5)
@@ -268,10 +267,7 @@ class _Replay:
             self._free(sequence)
             return False
         self._compute([sequence], [sequence.known])
-        self.report.hits += num_cached > 0
-        self.report.tokens_saved += num_cached
         self.report.recomputed_tokens += max(0, sequence.computed - num_cached)
-        self.admitted_tokens += sequence.known
         return True
 
     def _preempt_youngest(self) -> None:
@@ -365,6 +361,6 @@ class _Replay:
         self.report.pool_share_contiguous = held_in_room / max(1, pool)
         self.report.taken_share = held / max(1, taken)
         self.report.taken_share_contiguous = held_in_buffers / max(1, taken_by_buffers)
-        self.report.hit_rate = self.report.tokens_saved / max(1, self.admitted_tokens)
-        self.report.evictions, self.report.copies = stats.evictions, stats.copies
+        for name in ("hits", "tokens_saved", "hit_rate", "evictions", "copies"):
+            setattr(self.report, name, getattr(stats, name))
         return self.report

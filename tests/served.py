@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import oracle
 
-from cupy_pagedkv import Batch, BatchBuffers, KVCacheManager, LayeredPagedKVCache, OutOfBlocksError
-from cupy_pagedkv import Sequence as CachedSequence
+from cupy_pagedkv import Batch, BatchBuffers, CachedSequence, KVCacheManager, LayeredPagedKVCache, OutOfBlocksError
 
 NUM_LAYERS, ROW = 2, 8  # bytes of K, or of V, of a token in one layer
 
@@ -24,7 +23,7 @@ class Expected:
 
 
 def rows_of(salt: Any, tokens: Sequence[int]) -> np.ndarray:
-    """K and V of tokens, which hang on all tokens before, as a model's do: uint8 ``[2, layers, tokens, 1, ROW]``."""
+    """K and V of tokens, which depend on all tokens before, as a model's do: uint8 ``[2, layers, tokens, 1, ROW]``."""
     digest = repr(salt).encode()
     rows = []
     for token in tokens:
@@ -70,6 +69,7 @@ class Served:
             self.check()
             raise
         self._check_arrays(batch, new, buffers)
+        assert (batch._buffers is buffers) is (buffers is not None)
         if batch.num_tokens:
             rows = []
             for sequence, tokens in new.items():
@@ -126,7 +126,9 @@ class Served:
             self.manager.stats(),
             sequences,
             pool._owners.tolist(),
-            list(pool._place),
+            list(pool._node),
+            [(node and node.block) for node in pool._node],
+            self.manager._tables.shape,
             {block: set(twins) for block, twins in pool._twins.items()},
             pool._allocator.stats(),
             self.bytes(),

@@ -76,10 +76,10 @@ class HostMemoryBackend(CudaBackend):
     def from_numpy(self, array: np.ndarray, device: Any) -> Any:
         return over(array)
 
-    def _empty_pinned(self, num_bytes: int) -> np.ndarray:
+    def empty_pinned(self, num_bytes: int) -> np.ndarray:
         return np.empty(num_bytes, np.uint8)
 
-    def _copy_async(self, staged: np.ndarray, out: Any) -> Any:
+    def copy_async(self, staged: np.ndarray, out: Any) -> Any:
         ctypes.memmove(out.data.ptr, staged.ctypes.data, staged.nbytes)
         return Event(done=True)
 
@@ -200,8 +200,8 @@ def test_memory_that_a_copy_still_reads_is_not_used_again(host_memory, monkeypat
             ctypes.memmove(target, host.ctypes.data, host.nbytes)
             event.done = True
 
-    monkeypatch.setattr(host_memory, "_empty_pinned", empty_pinned)
-    monkeypatch.setattr(host_memory, "_copy_async", copy_async)
+    monkeypatch.setattr(host_memory, "empty_pinned", empty_pinned)
+    monkeypatch.setattr(host_memory, "copy_async", copy_async)
     manager = KVCacheManager(LayeredPagedKVCache(1, 200, 16, 1, 4, "uint8", "cuda"))
     sequence = manager.add([])
     sent = []
@@ -210,7 +210,7 @@ def test_memory_that_a_copy_still_reads_is_not_used_again(host_memory, monkeypat
         sent.append((batch, sequence.block_table, 4 * step))
         manager.commit(batch)
         catch_up(rng.integers(0, 4))
-        assert len(host_memory._in_flight) <= len(stream) + 4
+        assert len(manager._staging._in_flight) <= len(stream) + 4
     catch_up(len(stream))
     for batch, table, start in sent:
         positions = np.arange(start, start + 4)

@@ -1,6 +1,8 @@
 """The rules of many sequences over one pool, one by one; ``test_manager_model`` mixes them."""
 
-import sys
+from array import array
+from collections import deque
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,8 +10,8 @@ import pytest
 from served import Served
 
 from cupy_pagedkv import KVCacheManager, LayeredPagedKVCache, OutOfBlocksError
-from cupy_pagedkv.numpy_backend import HostArrays
-from cupy_pagedkv.pool import BlockPool, _Queue
+from cupy_pagedkv.numpy_backend import HostStaging
+from cupy_pagedkv.pool import BlockPool, Node, _Queue
 
 
 class Host:
@@ -162,15 +164,60 @@ def test_a_reused_block_is_not_found_under_its_old_tokens(served):
     assert served.manager.stats().evictions == 10
 
 
-def test_children_of_an_evicted_block_are_not_found_behind_a_new_one(served):
-    """The prefix is computed anew, in another block; what came behind the old one is not behind it."""
-    parent = served.run(range(32))
-    served.truncate(parent, 10)  # block 1 stays cached, and block 0 is going to be written to
+def test_what_came_behind_a_block_that_is_gone_is_freed(served):
+    """It could never be found again, and would be kept while blocks that can be found are evicted."""
+    served.free(served.run(range(200, 248)))
+    parent = served.run(range(80))
+    served.truncate(parent, 10)  # its other blocks stay cached, and the first is going to be written to
+    assert served.manager.stats().cached_blocks == 7
     served.append(parent, range(50, 56))
+    assert served.manager.stats().cached_blocks == 3
     assert served.add(range(33)).num_cached_tokens == 0
     assert served.run(range(16)).num_cached_tokens == 0
     assert served.add(range(33)).num_cached_tokens == 16
     assert served.add([*range(10), *range(50, 56), *range(16, 33)]).num_cached_tokens == 16
+    served.run(range(300, 364))
+    assert served.add(range(200, 249)).num_cached_tokens == 48
+
+
+def test_what_is_written_again_takes_the_place_of_what_is_cached(served):
+    """Neither is there twice, nor is its head, let go long ago, evicted before its tail."""
+    first, second = served.add(range(16)), served.add(range(32))
+    served.append(first, range(16))
+    served.free(first)
+    served.append(second, range(32))
+    assert (served.manager.stats().cached_blocks, served.manager.stats().live_blocks) == (0, 2)
+    served.free(second)
+    served.run(range(300, 300 + 9 * 16))
+    assert served.add(range(33)).num_cached_tokens == 16
+
+
+def test_every_block_that_is_written_to_is_forgotten(served):
+    other, truncated = served.run(range(100, 105)), served.run(range(16))
+    served.truncate(truncated, 10)
+    served.append(truncated, [])
+    assert served.add(range(17)).num_cached_tokens == 16
+    served.free(list(served.expected)[-1])
+    served.commit(served.prepare({other: [1], truncated: [77]}))
+    assert served.add(range(17)).num_cached_tokens == 0
+
+
+def test_what_a_fork_fills_is_found(served):
+    fork = served.fork(served.run(range(20), "salt"))
+    served.append(fork, range(20, 32))
+    assert served.add(range(33)).num_cached_tokens == 0
+    assert served.add(range(33), "salt").num_cached_tokens == 32
+
+
+def test_no_tokens_write_nothing(served):
+    parent = served.run(range(155))
+    fork = served.fork(parent)
+    served.commit(served.prepare({fork: [], parent: []}))  # all ten blocks are live
+    assert served.manager.stats().copies == 0
+    served.free(fork)
+    served.truncate(parent, 10)
+    served.append(parent, [])
+    assert served.add(range(17)).num_cached_tokens == 16
 
 
 def test_a_duplicate_neither_shadows_nor_orphans_the_first(served):
@@ -196,7 +243,9 @@ def test_resetting_is_refused_while_sequences_live(served):
         served.manager.reset_prefix_cache()
     served.free(sequence)
     assert served.manager.stats().cached_blocks == 2
+    served.add([])  # owns nothing
     served.manager.reset_prefix_cache()
+    assert served.manager._pool._node == [None] * 10
     assert served.manager.stats().free_blocks == 10
     assert served.add(range(33)).num_cached_tokens == 0
 
@@ -293,6 +342,57 @@ def test_a_prompt_in_pieces(device, block_size):
     served.append(sequence, range(33, 60))
 
 
+def test_free_blocks_are_the_cached_ones_too(served):
+    served.free(served.run(range(48)))
+    with pytest.raises(OutOfBlocksError, match="11 blocks wanted, 10 of 10 are free"):
+        served.prepare({served.add([]): range(161)})
+
+
+def test_a_prompt_that_is_too_long_leaves_nothing(served):
+    """Nor the room in the tables that it would have needed."""
+    with pytest.raises(OutOfBlocksError):
+        served.prepare({served.add([]): range(100_000)})
+    served = Served(Host(), 300, 1)
+    sequence, widths = served.manager.add([]), set()
+    for token in range(300):
+        served.manager.commit(served.manager.prepare({sequence: [token]}))
+        widths.add(served.manager._tables.shape[1])
+    assert max(widths) == 300
+    assert len(widths) < 10
+
+
+def test_one_long_sequence_among_many_short_ones():
+    """Takes a small page a row, and not a huge one."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("the memory of the process is read from /proc, which is not there")
+
+    def resident() -> int:
+        [kilobytes] = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmRSS")]
+        return int(kilobytes) * 1024
+
+    manager = KVCacheManager(LayeredPagedKVCache(1, 2**19, 1, 1, 1, "uint8", "cpu"), prefix_caching=False)
+    long = manager.add([])
+    manager.commit(manager.prepare({long: np.arange(2**18)}))
+    before = resident()
+    for _ in range(1000):  # a table row of 1 MB each
+        short = manager.add([])
+        manager.commit(manager.prepare({short: [1]}))
+    assert manager._tables.nbytes >= 1000 * 2**20
+    assert resident() - before < 100 * 2**20
+
+
+def test_prompts_are_counted_when_they_are_used(served):
+    served.run(range(33))
+    for _ in range(100):
+        served.free(served.add(range(33)))
+    served.rollback(served.prepare({served.add(range(33)): [1]}))
+    stats = served.manager.stats()
+    assert (stats.prompts, stats.hits, stats.prompt_tokens, stats.tokens_saved, stats.hit_rate) == (1, 0, 33, 0, 0)
+    served.append(served.fork(served.run(range(34))), [1])
+    assert (served.manager.stats().prompts, served.manager.stats().tokens_saved) == (2, 32)
+
+
 # Batches
 
 
@@ -322,6 +422,46 @@ def test_buffers_keep_their_place(device):
     fork = served.fork(first)
     served.commit(served.prepare({fork: [1], first: [2]}, buffers))
     assert served.manager.stats().copies == 1
+
+
+def test_what_attention_wants_to_know(device):
+    served = Served(device, 20)
+    first = served.run(range(15))
+    batch = served.prepare({first: [1, 2], served.add([]): range(30), served.add([]): []})
+    assert (batch.max_seqlen_q, batch.max_seqlen_k) == (30, 30)
+    assert batch.host_seq_lens.tolist() == [17, 30, 0]
+    key, _ = served.cache[0].gather(batch.block_tables, batch.host_seq_lens)
+    assert len(key) == 47
+    empty = served.prepare({})
+    assert (empty.max_seqlen_q, empty.max_seqlen_k) == (0, 0)
+
+
+def test_buffers_are_those_of_one_batch_at_a_time(served):
+    first, second = served.run(range(3)), served.run(range(3))
+    buffers = served.manager.buffers(num_seqs=1, num_tokens=4, max_blocks=2)
+    batch = served.prepare({first: [1]}, buffers)
+    with pytest.raises(ValueError, match="these buffers are those of an open batch; commit it or roll it back first"):
+        served.manager.prepare({second: [1]}, buffers=buffers)
+    served.rollback(batch)
+    served.commit(served.prepare({second: [1]}, buffers))
+    for other, error, message in (
+        (Served(Host(), 4).manager.buffers(1, 4, 2), ValueError, "these buffers are another manager's"),
+        (3, TypeError, r"buffers must be what buffers\(\) returned, got int"),
+        (batch, TypeError, r"buffers must be what buffers\(\) returned, got Batch"),
+    ):
+        with pytest.raises(error, match=message):
+            served.manager.prepare({second: [1]}, buffers=other)
+
+
+def test_copies_through_buffers_touch_no_other_block(monkeypatch):
+    """Block 0 is the target of a copy, and what padding of the list of copies would name."""
+    monkeypatch.setattr("cupy_pagedkv.backend.EMULATE", False)
+    served = Served(Host(), 3)
+    first, parent = served.run(range(5)), served.run(range(100, 120))
+    fork = served.fork(parent)
+    served.free(first)
+    served.commit(served.prepare({fork: [1]}, served.manager.buffers(4, 8, 3)))
+    assert fork.block_table.tolist() == [1, 0]
 
 
 def test_what_does_not_fit_the_buffers(served):
@@ -363,18 +503,21 @@ def test_a_batch_and_a_sequence_as_contexts(served):
             raise KeyError
         assert sequence.num_tokens == 23
         assert repr(batch) == "<Batch of 4 tokens of 1 sequences, rolled back>"
-        assert repr(sequence) == "<Sequence of 23 tokens in blocks [0, 1]>"
-    assert repr(sequence) == "<Sequence, freed>"
-    other = manager.add(range(20))
+        assert repr(sequence) == "<CachedSequence of 23 tokens in blocks [0, 1]>"
+    assert repr(sequence) == "<CachedSequence, freed>"
+    other, third = manager.add(range(20)), manager.add([])
+    still_open = manager.prepare({third: [1]})
     with pytest.raises(KeyError), manager.add(range(20)) as sequence:  # noqa: PT012
-        batch = manager.prepare({sequence: range(4), other: [1]})
+        batch = manager.prepare({sequence: range(20), other: [1]})
         raise KeyError
-    assert repr(batch) == "<Batch of 5 tokens of 2 sequences, rolled back>"
-    with pytest.raises(ValueError, match="this sequence is in an open batch"), manager.add([]) as sequence:
+    assert repr(batch) == "<Batch of 21 tokens of 2 sequences, rolled back>"
+    assert manager.stats().cached_blocks == 0
+    manager.commit(still_open)
+    with pytest.raises(ValueError, match="is in an open batch"), manager.add([]) as sequence:
         batch = manager.prepare({sequence: range(4)})
     manager.commit(batch)
-    manager.free(sequence)
-    manager.free(other)
+    for unfreed in (sequence, other, third):
+        manager.free(unfreed)
     assert manager.stats().num_sequences == 0
     with manager.add(range(20)) as sequence:
         manager.free(sequence)
@@ -410,7 +553,10 @@ def test_a_sequence_in_an_open_batch(served):
         sequence.fork,
         lambda: sequence.truncate(0),
     ):
-        with pytest.raises(ValueError, match="this sequence is in an open batch; commit it or roll it back first"):
+        with pytest.raises(
+            ValueError,
+            match=r"20 tokens in blocks \[0, 1\]> is in an open batch; commit it or roll it back",
+        ):
             use()
         assert served.state() == before
     served.commit(batch)
@@ -439,22 +585,31 @@ def test_what_is_anothers(served):
             end({})
     other.rollback(batch)
     for use in (lambda: served.manager.free(foreign), lambda: served.manager.prepare({mine: [1], foreign: [1]})):
-        with pytest.raises(ValueError, match="this sequence is another manager's"):
+        with pytest.raises(ValueError, match=r"<CachedSequence of 5 tokens in blocks \[0\]> is another manager's"):
             use()
-    with pytest.raises(TypeError, match=r"expected Sequences, which add\(\) returns, got int"):
-        served.manager.prepare({3: [1]})
+    with pytest.raises(TypeError, match="expected {sequence: its new tokens}, got list"):
+        served.manager.prepare([mine])
+    with pytest.raises(TypeError, match="cache must be a LayeredPagedKVCache, got PagedKVCache"):
+        KVCacheManager(served.cache[0])
+    for nothing in (3, batch, None):
+        with pytest.raises(TypeError, match=r"expected sequences, which add\(\) returns, got (int|Batch|NoneType)"):
+            served.manager.prepare({mine: [1], nothing: [1]})
+        with pytest.raises(TypeError, match=r"expected sequences, which add\(\) returns"):
+            served.manager.free(nothing)
     assert served.state() == before
 
 
 def test_what_is_accepted(served):
     sequence, other = served.run(range(20)), served.run(range(5))
-    batch = served.prepare({sequence: [1, 2]})
+    third = served.run(range(7))
+    batch = served.prepare({other: [9], sequence: [1, 2]})
     before = served.state()
     for accepted, error, message in (
-        ({sequence: 3}, ValueError, "3 tokens accepted of a sequence with 2 in the batch"),
+        (3, TypeError, "accepted must be {sequence: number of tokens}, got int"),
+        ({other: 0, sequence: 3}, ValueError, "3 tokens accepted of a sequence with 2 in the batch"),
         ({sequence: -1}, ValueError, "accepted must be at least 0, got -1"),
         ({sequence: 1.5}, TypeError, "accepted must be a whole number, got 1.5"),
-        ({other: 0}, ValueError, r"<Sequence of 5 tokens in blocks \[2\]> is in accepted, but not in the batch"),
+        ({third: 0}, ValueError, r"<CachedSequence of 7 tokens in blocks \[3\]> is in accepted, but not in the batch"),
     ):
         with pytest.raises(error, match=message):
             served.manager.commit(batch, accepted)
@@ -465,11 +620,18 @@ def test_what_is_accepted(served):
 @pytest.mark.parametrize(
     ("tokens", "error", "message"),
     [
-        (5, TypeError, "tokens must be a list of ints or a NumPy array on the host: 'int' object is not iterable"),
+        (5, TypeError, "tokens must be a list of ints or a NumPy array on the host, got <class 'int'>"),
+        ({1}, TypeError, "got <class 'set'>"),
+        ({1: 2}, TypeError, "got <class 'dict'>"),
+        ("1", TypeError, "got <class 'str'>"),
+        (b"1", TypeError, "got <class 'bytes'>"),
+        (iter([1]), TypeError, "got <class 'list_iterator'>"),
         ([1.5], TypeError, "list of ints .* 'float' object cannot be interpreted as an integer"),
         (["a"], TypeError, "list of ints"),
         ([[1]], TypeError, "list of ints"),
         ([2**31], ValueError, r"tokens must be from -2\*\*31 to 2\*\*31 - 1"),
+        ([-(2**31) - 1], ValueError, r"tokens must be from"),
+        (np.array([2**31]), ValueError, "got 2147483648 to 2147483648"),
         (np.array([1.0]), TypeError, r"tokens must be whole numbers on one axis, got float64 of shape \(1,\)"),
         (np.array([True]), TypeError, "got bool"),
         (np.array([[1]]), TypeError, r"got int64 of shape \(1, 1\)"),
@@ -492,20 +654,15 @@ def test_what_are_no_tokens(served, tokens, error, message):
 
 def test_tokens_of_any_whole_numbers(served):
     sequence = served.run(range(17))
-    for kind in (list, tuple, np.array, iter, lambda tokens: np.array(tokens, np.uint8)):
+    for kind in (list, tuple, np.array, deque, lambda tokens: array("q", tokens), lambda t: np.array(t, np.uint8)):
         assert served.manager.add(kind(list(range(17)))).num_cached_tokens == 16
     strided = np.arange(34)[::2] // 2
     assert served.manager.add(strided).num_cached_tokens == 16
     batch = served.manager.prepare({sequence: np.array([1, 2], np.int16), served.manager.add([]): [3]})
     assert batch.cu_seqlens.tolist() == [0, 2, 3]
-
-
-def test_tokens_on_a_gpu_are_refused(served):
-    class OnGpu:
-        __cuda_array_interface__ = {}  # noqa: RUF012
-
-    with pytest.raises(TypeError, match="tokens must be on the host, got an array on a GPU; copy it with cupy.asnumpy"):
-        served.manager.add(OnGpu())
+    extremes = [-(2**31), 2**31 - 1]
+    for kind in (list, np.array):
+        served.manager.rollback(served.manager.prepare({served.manager.add(kind(extremes)): kind(extremes)}))
 
 
 def test_what_is_no_salt(served):
@@ -525,73 +682,127 @@ def test_truncating_to_what_is_not_there(served):
     assert served.state() == before
 
 
-@pytest.mark.parametrize("fails", ["send", "staging", "copy_blocks"])
-def test_a_device_that_fails_leaves_everything(served, monkeypatch, fails):
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("fails", ["send", "empty", "copy_blocks"])
+def test_a_device_that_fails_leaves_everything(served, monkeypatch, fails, error):
     parent = served.run(range(20))
     fork = served.fork(parent)
     before = served.state()
 
     def failing(*_: Any) -> None:
-        raise MemoryError("the device is full")
+        raise error("the device is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(LayeredPagedKVCache if fails == "copy_blocks" else HostArrays, fails, failing)
-        with pytest.raises(MemoryError):
+        patch.setattr(LayeredPagedKVCache if fails == "copy_blocks" else HostStaging, fails, failing)
+        with pytest.raises(error):
             served.manager.prepare({fork: list(range(40)), parent: [1]})
-    after = served.state()
-    assert [after[i] for i in (0, 1, 2, 3, 4)] == [before[i] for i in (0, 1, 2, 3, 4)]
+    allocator = 7  # whose totals of calls have grown
+    assert [part for i, part in enumerate(served.state()) if i != allocator] == [
+        part for i, part in enumerate(before) if i != allocator
+    ]
     served.commit(served.prepare({fork: [1], parent: [2]}))
 
 
 def test_integrity_states_its_numbers(served):
-    served.run(range(40))
-    manager = served.manager
-    pool = manager._pool
-    pool._owners[0] += 1
-    with pytest.raises(RuntimeError, match="block 0 counts 2 owners, but 1 hold it"):
+    manager, pool = served.manager, served.manager._pool
+    sequence = served.run(range(40))
+    served.free(served.run(range(100, 132)))
+    row, queue, node = sequence._row, pool._cached, pool._node
+    assert (pool._node[2], manager.stats().cached_blocks) == (None, 2)  # 0 to 2 live, 3 and 4 cached
+
+    def damaged(text: str, holder: Any, index: Any, value: Any) -> None:
+        before = None if isinstance(holder, dict) else holder[index]
+        holder[index] = value
+        with pytest.raises(RuntimeError, match=text):
+            manager.check_integrity()
+        holder[index] = before
+        if isinstance(holder, dict):
+            del holder[index]
+
+    damaged("block 0 counts 2 owners, but 1 hold it", pool._owners, 0, 2)
+    damaged("1 free|block 3 counts 1 owners, but 0 hold it|are not the pool's 10", pool._owners, 3, 1)
+    damaged("2 cached blocks are counted, 2 stand in line, 3 are marked", queue._stamp, 0, 9)
+    damaged("2 cached blocks are counted, 1 stand in line, 1 are marked", queue._stamp, 3, 0)
+    damaged("block 3 is cached, but is not found", node, 3, None)
+    damaged("block 0 is remembered, but not found", node, 0, Node(pool.root(None), b"x", 0))
+    damaged("block 0 is remembered, but not found", node, 0, Node())
+    damaged("block 2 is remembered, but its tokens lead to block 0", node, 2, node[0])
+    damaged("block 1 is remembered, but not what comes before it", node, 0, None)
+    damaged("a sequence of 40 tokens has 4 blocks, and should have 3", manager._num_blocks, row, 4)
+    damaged("a sequence of 40 tokens has 2 blocks, and should have 3", manager._num_blocks, row, 2)
+    root = pool.root("x")
+    root[b"x"] = Node(root, b"x", 7)
+    damaged("block 7 is free, but still found", node, 7, root[b"x"])
+    damaged(r"block 0 has the twins \[\], but not all of them are live", pool._twins, 0, set())
+    damaged(r"block 0 has the twins \[7\], but not all of them are live", pool._twins, 0, {7})
+    manager._free_rows.append(row)
+    with pytest.raises(RuntimeError, match="8 free and 1 used rows are not all rows"):
         manager.check_integrity()
-    pool._owners[0] -= 1
+    manager._free_rows.pop()
     pool._allocator.allocate(1)
-    with pytest.raises(RuntimeError, match="6 free \\+ 3 live \\+ 0 cached blocks are not the pool's 10"):
+    with pytest.raises(RuntimeError, match="4 free \\+ 3 live \\+ 2 cached blocks are not the pool's 10"):
         manager.check_integrity()
-    pool._allocator.free([3])
-    pool._place[5] = pool._place[0]
-    with pytest.raises(RuntimeError, match="block 5 is remembered, but its tokens lead to block 0"):
-        manager.check_integrity()
-    pool._place[5] = None
-    manager._num_blocks[next(iter(served.expected))._row] += 1
-    with pytest.raises(RuntimeError, match="a sequence of 40 tokens has 4 blocks, and should have 3"):
-        manager.check_integrity()
+    pool._allocator.reset()
+    pool._allocator.allocate(5)
+    manager.check_integrity()
 
 
 # Cost
 
 
-def test_nothing_walks_all_blocks():
-    """The steps that Python makes are as many in a pool of a hundred times the size."""
+class Watched(np.ndarray):
+    """An array that no function may be called on as a whole."""
 
-    def calls(num_blocks: int) -> int:
-        cache = LayeredPagedKVCache(1, num_blocks, 16, 1, 1, "uint8", "cpu")
-        manager = KVCacheManager(cache)
-        count = 0
+    def __array_ufunc__(self, function: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        return self._watched(getattr(function, method), inputs, kwargs)
 
-        def counting(*_: Any) -> None:
-            nonlocal count
-            count += 1
+    def __array_function__(self, function: Any, types: Any, inputs: Any, kwargs: Any) -> Any:
+        return self._watched(function, inputs, kwargs)
 
-        sys.setprofile(counting)
-        try:
-            sequences = [manager.add(list(range(i, i + 100))) for i in range(5)]
-            manager.commit(manager.prepare({s: list(range(i, i + 100)) for i, s in enumerate(sequences)}))
-            for sequence in sequences:
-                manager.free(sequence)
-            manager.add(list(range(100))).fork().truncate(33)
-            manager.stats()
-        finally:
-            sys.setprofile(None)
-        return count
+    @staticmethod
+    def _watched(function: Any, inputs: Any, kwargs: Any) -> Any:
+        arrays = [*inputs, *kwargs.values(), *kwargs.get("out", ())]
+        assert all(array.size < 1000 for array in arrays if isinstance(array, np.ndarray)), function
+        plain = {name: value for name, value in kwargs.items() if name != "out"}
+        if kwargs.get("out"):
+            plain["out"] = tuple(np.asarray(array) for array in kwargs["out"])
+        return function(*(np.asarray(a) if isinstance(a, Watched) else a for a in inputs), **plain)
 
-    assert calls(100) == calls(10_000)
+
+class WatchedList(list):
+    """A list that nobody may go through."""
+
+    def __iter__(self) -> Any:
+        raise AssertionError
+
+
+def test_nothing_walks_all_blocks(monkeypatch):
+    monkeypatch.setattr("cupy_pagedkv.backend.EMULATE", False)
+    manager = KVCacheManager(LayeredPagedKVCache(1, 1000, 16, 1, 1, "uint8", "cpu"))
+    pool = manager._pool
+    for holder, names in (
+        (pool, ["_owners"]),
+        (pool._cached, ["_stamp"]),
+        (pool._allocator, ["_is_free", "_queue", "_scratch"]),
+    ):
+        for name in names:
+            setattr(holder, name, getattr(holder, name).view(Watched))
+    pool._node = WatchedList(pool._node)
+    with pytest.raises(AssertionError):
+        manager.check_integrity()
+    sequences = [manager.add(list(range(i, i + 100))) for i in range(5)]
+    manager.commit(manager.prepare({s: list(range(i, i + 100)) for i, s in enumerate(sequences)}))
+    for sequence in sequences:
+        manager.free(sequence)
+    for i in range(200):  # until blocks are evicted
+        tokens = list(range(100 * i, 100 * i + 100))
+        with manager.add(tokens) as sequence:
+            manager.commit(manager.prepare({sequence: tokens[sequence.num_cached_tokens :]}))
+            fork = sequence.fork()
+            manager.rollback(manager.prepare({fork: [1], sequence: [2]}))
+            fork.truncate(33)
+            manager.free(fork)
+    assert min(manager.stats().evictions, manager.stats().copies) > 0
 
 
 def test_many_sequences_come_and_go(served):
@@ -639,6 +850,25 @@ def test_a_queue_keeps_its_order(rng):
         assert queue._places <= 2 * 500 + 1024 + 30
     assert queue.pop(len(model)).tolist() == model
     assert queue.pop(0).tolist() == []
+
+
+def test_places_that_blocks_have_left_do_not_heap_up():
+    queue, five = _Queue(10), np.array([5], np.int32)
+    queue.put(np.arange(5, dtype=np.int32))
+
+    def places() -> int:
+        assert all(len(run) for _, run in queue._runs)
+        return sum(len(run) for _, run in queue._runs)
+
+    for _ in range(5000):
+        queue.put(five)
+        assert queue._places == places() <= 2 * queue.count + 1024
+        queue.remove(five)
+    queue.put(np.array([7, 5], np.int32))
+    assert queue.pop(3).tolist() == [0, 1, 2]
+    assert queue._places == places()
+    assert queue.pop(4).tolist() == [3, 4, 7, 5]
+    assert queue._places == 0
 
 
 def test_a_chain_of_any_length_comes_and_goes():

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import cupy_pagedkv.replay as replay_module
 from cupy_pagedkv import PagedKVCache
 from cupy_pagedkv.__main__ import main
 from cupy_pagedkv.replay import MismatchError, OversizedRequestError, replay, token_bytes
@@ -215,6 +216,41 @@ def test_sharing_under_pressure(device):
     assert report.recomputed_tokens < report.preemptions * 40  # most of what was preempted is found again
     small = replay(requests, prefix_caching=False, **{**SMALL, "num_blocks": 120, "device": device.of_caches})
     assert small.scattered_bytes > report.scattered_bytes
+
+
+def test_what_a_preempted_request_finds_again():
+    """Six blocks of four tokens, and two requests with one prompt of 8 and 5 tokens each of their own.
+
+    The second shares the first block of the prompt and is preempted at 12 tokens, for which there would be a seventh
+    block. It waits for the first to be done, and finds 8 of its 12 tokens again.
+    """
+    finished: list[int] = []
+    requests = [Request(0, 8, 5, (1,)), Request(0, 8, 5, (1,))]
+    report = replay(requests, on_progress=finished.append, **{**SMALL, "num_blocks": 6})
+    assert finished == [0, 0, 0, 0, 0, 0, 1, 0, 1]
+    assert (report.steps, report.preemptions) == (8, 1)
+    assert (report.tokens_saved, report.recomputed_tokens, report.hit_rate) == (4 + 8, 4, 12 / 28)
+    report = replay([Request(0, 4, 12), Request(0, 3, 12)], **{**SMALL, "num_blocks": 6})  # nothing but its own
+    assert (report.preemptions, report.tokens_saved, report.recomputed_tokens, report.hit_rate) == (1, 8, 3, 8 / 18)
+
+
+def test_shared_blocks_are_counted_once():
+    report = replay([Request(0, 8, 0, (1,)), Request(1, 8, 0, (1,))], **SMALL)
+    assert (report.hits, report.recomputed_tokens) == (1, 0)
+    assert (report.taken_share, report.pool_share) == (1.0, 3 * 4 / 48)
+
+
+def test_what_is_written_differs_where_a_prompt_does(monkeypatch):
+    """So that a block that was shared wrongly would be seen: after another beginning, and behind the prompt."""
+    seen, token_bytes = set(), replay_module.token_bytes
+
+    def recording(contents: Any, positions: Any, *arguments: Any) -> Any:
+        seen.update(zip(contents.tolist(), positions.tolist(), strict=True))
+        return token_bytes(contents, positions, *arguments)
+
+    monkeypatch.setattr(replay_module, "token_bytes", recording)
+    replay([Request(0, 513, 1, (1, 2)), Request(1, 513, 1, (8, 2)), Request(2, 3, 0)], **{**SMALL, "num_blocks": 400})
+    assert len(seen) == 514 + 514 + 3
 
 
 def test_oversized_requests():

@@ -1,0 +1,159 @@
+"""What the layers need to know of a batch: arrays where the cache is, all of them in one piece of memory."""
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from .manager import CachedSequence, KVCacheManager
+
+__all__ = ["Batch", "BatchBuffers"]
+
+_Ints: TypeAlias = npt.NDArray[np.int64]
+
+
+class BatchBuffers:
+    """The arrays of a batch, where the cache is, with room for as much as :meth:`KVCacheManager.buffers` was asked for.
+
+    Their addresses stay what they are, so that a CUDA graph that reads them can be replayed for each new batch.
+    """
+
+    slot_mapping: Any
+    """int64 ``[num_tokens]``: where the K and V of each new token go; −1 behind the last."""
+    positions: Any
+    """int64 ``[num_tokens]``: the position of each new token in its sequence; 0 behind the last."""
+    block_tables: Any
+    """int32 ``[num_seqs, max_blocks]``: each sequence's blocks, and −1 behind the last."""
+    seq_lens: Any
+    """int32 ``[num_seqs]``: tokens of each sequence, the new ones among them; 0 behind the last."""
+    cu_seqlens: Any
+    """int32 ``[num_seqs + 1]``: the new tokens of sequence i are those from ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``;
+    their number behind the last."""
+
+    def __init__(self, memory: Any, num_seqs: int, num_tokens: int, max_blocks: int, num_copies: int) -> None:
+        """Views of ``memory``, of ``num_bytes(…)`` bytes, on whatever device it is."""
+        self._memory = memory
+        self._sizes = (num_seqs, num_tokens, max_blocks, num_copies)
+        self._owner: KVCacheManager | None = None  # of buffers that users have
+        self.positions, self.slot_mapping = memory[: 16 * num_tokens].view(np.int64).reshape(2, num_tokens)
+        small = memory[16 * num_tokens :].view(np.int32)
+        at = num_seqs * max_blocks
+        self.block_tables = small[:at].reshape(num_seqs, max_blocks)
+        self.seq_lens = small[at : at + num_seqs]
+        self.cu_seqlens = small[at + num_seqs : at + 2 * num_seqs + 1]
+        self._copies = small[at + 2 * num_seqs + 1 :].reshape(2, num_copies)  # blocks from and to
+
+    @staticmethod
+    def num_bytes(num_seqs: int, num_tokens: int, max_blocks: int, num_copies: int) -> int:
+        """Bytes that all the arrays take."""
+        return 16 * num_tokens + 4 * (num_seqs * max_blocks + 2 * num_seqs + 1 + 2 * num_copies)
+
+    def _check_room(self, *wanted: int) -> None:
+        for name, has, needs in zip(("num_seqs", "num_tokens", "max_blocks"), self._sizes, wanted, strict=False):
+            if needs > has:
+                raise ValueError(f"the batch needs {name} {needs}, but the buffers were made for {has}")
+
+    def _pad(self) -> None:
+        self._memory[:] = 0
+        self.slot_mapping[:] = -1
+        self.block_tables[:] = -1
+
+
+class Batch:
+    """The next tokens of some sequences, with room for their K and V: what :meth:`KVCacheManager.prepare` returns.
+
+    ``slot_mapping``, ``positions``, ``block_tables``, ``seq_lens`` and ``cu_seqlens`` are as in :class:`BatchBuffers`,
+    where the cache is, of the sizes that the batch has, unless buffers were given. As a context manager it is committed
+    at the end, or rolled back if an exception comes.
+    """
+
+    slot_mapping: Any
+    positions: Any
+    block_tables: Any
+    seq_lens: Any
+    cu_seqlens: Any
+
+    def __init__(
+        self,
+        manager: "KVCacheManager",
+        sequences: "Sequence[CachedSequence]",
+        rows: _Ints,
+        tokens: npt.NDArray[np.int32],
+        starts: _Ints,
+        counts: _Ints,
+    ) -> None:
+        self.sequences = sequences
+        """In the order of the arrays."""
+        self._manager = manager
+        self._rows = rows
+        self._tokens = tokens
+        self._starts = starts
+        self._counts = counts
+        # Of each new token: the index of its sequence, and its position there.
+        self._index = np.repeat(np.arange(len(rows)), counts)
+        self._first = np.cumsum(counts) - counts
+        self._positions = np.arange(len(tokens)) + (starts - self._first)[self._index]
+        self._buffers: BatchBuffers | None = None
+        self._end = ""  # how it ended
+
+    def _fill(self, host: BatchBuffers, tables: npt.NDArray[np.int32], block_size: int) -> None:
+        """Everything but the block tables."""
+        num_seqs, num_tokens = len(self._rows), len(self._tokens)
+        host.positions[:num_tokens] = self._positions
+        columns, offsets = np.divmod(self._positions, block_size)
+        slots = host.slot_mapping[:num_tokens]
+        slots[:] = tables[self._index, columns]
+        slots *= block_size
+        slots += offsets
+        host.seq_lens[:num_seqs] = self._starts + self._counts
+        host.cu_seqlens[:num_seqs] = self._first
+        host.cu_seqlens[num_seqs:] = num_tokens
+
+    def _take(self, arrays: BatchBuffers) -> None:
+        self._buffers = arrays
+        self.slot_mapping = arrays.slot_mapping
+        self.positions = arrays.positions
+        self.block_tables = arrays.block_tables
+        self.seq_lens = arrays.seq_lens
+        self.cu_seqlens = arrays.cu_seqlens
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens, of all sequences."""
+        return len(self._tokens)
+
+    @property
+    def host_seq_lens(self) -> _Ints:
+        """The values of ``seq_lens`` on the host, int64 ``[num_seqs]``: what a gather without ``out`` needs."""
+        return self._starts + self._counts
+
+    @property
+    def max_seqlen_q(self) -> int:
+        """The most new tokens of a sequence, as attention kernels that take ``cu_seqlens`` want to know."""
+        return int(self._counts.max(initial=0))
+
+    @property
+    def max_seqlen_k(self) -> int:
+        """The most tokens of a sequence, the new ones among them."""
+        return int(self.host_seq_lens.max(initial=0))
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __repr__(self) -> str:
+        return f"<Batch of {self.num_tokens} tokens of {len(self)} sequences, {self._end or 'open'}>"
+
+    def __enter__(self) -> "Batch":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not self._end:
+            if kind is None:
+                self._manager.commit(self)
+            else:
+                self._manager.rollback(self)
