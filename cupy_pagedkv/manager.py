@@ -306,7 +306,7 @@ class KVCacheManager:
             batch._fill(host, tables, size)
             host._copies[:, : len(copied)] = copied, taken[len(owners) :]
             memory = self._staging.send(host._memory, self._place, None if buffers is None else buffers._memory)
-            arrays = BatchBuffers(memory, *sizes) if buffers is None else buffers
+            arrays = buffers or (host if memory is host._memory else BatchBuffers(memory, *sizes))
             if len(copied):
                 self._cache.copy_blocks(*arrays._copies[:, : len(copied)])
         except BaseException:

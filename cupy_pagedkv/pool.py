@@ -196,11 +196,13 @@ class BlockPool:
                     unreachable += (child.block for child in children)
             if twins:
                 self._twins[node.block] = twins
-        for block in unreachable:
-            self._node[block] = None
-        dropped = np.array([block for block in unreachable if self._cached.holds(block)], np.int32)
-        self._cached.remove(dropped)
-        self._allocator.free(dropped)
+        if unreachable:
+            for block in unreachable:
+                self._node[block] = None
+            # Of blocks that are evicted together, one may be behind another; they are in the queue no longer.
+            dropped = np.array([block for block in unreachable if self._cached.holds(block)], np.int32)
+            self._cached.remove(dropped)
+            self._allocator.free(dropped)
 
     def node_of(self, block: int) -> Node:
         """The node behind the tokens of a block that :meth:`remember` was told of."""

@@ -134,6 +134,8 @@ def machine(device: Any, block_size: int, prefix_caching: bool) -> type[RuleBase
 
 @pytest.mark.parametrize(("block_size", "prefix_caching"), [(16, True), (16, False), (3, True), (1, True)])
 def test_any_order_of_anything(device, block_size, prefix_caching):
+    if device.name == "emulated" and block_size == 1:
+        pytest.skip("too slow: the emulated device takes a second to gather from blocks of one token")
     examples, steps = {"emulated": (4, 25)}.get(device.name, (100, 50))  # a gather takes a tenth of a second there
     run_state_machine_as_test(
         machine(device, block_size, prefix_caching),
