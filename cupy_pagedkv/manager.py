@@ -395,7 +395,7 @@ class KVCacheManager:
         """
         live = self._pool.num_blocks - self._pool.num_available
         if live:
-            raise RuntimeError(f"{live} blocks belong to live sequences; free all {len(self._sequences)} of them first")
+            raise RuntimeError(f"{live} blocks belong to live sequences; free these first")
         self._pool.clear()
 
     def stats(self) -> KVCacheStats:

@@ -199,8 +199,7 @@ class BlockPool:
         if unreachable:
             for block in unreachable:
                 self._node[block] = None
-            # Of blocks that are evicted together, one may be behind another; they are in the queue no longer.
-            dropped = np.array([block for block in unreachable if self._cached.holds(block)], np.int32)
+            dropped = np.array(unreachable, np.int32)
             self._cached.remove(dropped)
             self._allocator.free(dropped)
 

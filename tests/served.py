@@ -32,6 +32,54 @@ def rows_of(salt: Any, tokens: Sequence[int]) -> np.ndarray:
     return np.frombuffer(b"".join(rows), np.uint8).reshape(-1, 2, NUM_LAYERS, 1, ROW).transpose(1, 2, 0, 3, 4)
 
 
+class Findable:
+    """What has to be found, and what is evicted next, by plain lists and {block: salt, all tokens to its end}."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.contents: dict[int, Any] = {}
+        self.cached: list[int] = []  # the one to be evicted first first
+        self.evictions = 0
+
+    def lookup(self, keys: Sequence[Any]) -> int:
+        """How many of the keys are found before the first that is not."""
+        return next((i for i, key in enumerate(keys) if key not in self.contents.values()), len(keys))
+
+    def share(self, blocks: Sequence[int]) -> None:
+        self.cached = [block for block in self.cached if block not in blocks]
+
+    def take(self, count: int, live: int) -> None:
+        while self.num_blocks - live - len(self.cached) < count:
+            key = self.contents.pop(self.cached.pop(0))
+            assert not self.behind(key), "a head is evicted before its tail"
+            self.evictions += 1
+
+    def write(self, block: int) -> None:
+        """The only owner of a block writes to it."""
+        key = self.contents.pop(block, None)
+        if key is not None and key not in self.contents.values():
+            for unreachable in self.behind(key):
+                self.cached.remove(unreachable)
+                del self.contents[unreachable]
+
+    def fill(self, block: int, key: Any) -> None:
+        for cached in [cached for cached in self.cached if self.contents[cached] == key]:
+            self.cached.remove(cached)
+            del self.contents[cached]
+        self.contents[block] = key
+
+    def release(self, block: int) -> None:
+        """A block has lost its last owner."""
+        key = self.contents.pop(block, None)
+        if key is not None and key not in self.contents.values():
+            self.contents[block] = key
+            self.cached.append(block)
+
+    def behind(self, key: Any) -> list[int]:
+        salt, tokens = key
+        return [b for b, (s, more) in self.contents.items() if s == salt and more[: len(tokens)] == tokens != more]
+
+
 class Served:
     """Calls go to the manager and to the model, and after each the two are compared."""
 
@@ -40,6 +88,8 @@ class Served:
         self.block_size = block_size
         self.cache = LayeredPagedKVCache(NUM_LAYERS, num_blocks, block_size, 1, ROW, "uint8", device.of_caches)
         self.manager = KVCacheManager(self.cache, prefix_caching=prefix_caching)
+        self.prefix_caching = prefix_caching
+        self.findable = Findable(num_blocks)
         self.expected: dict[CachedSequence, Expected] = {}
         self.open: dict[Batch, dict[CachedSequence, list[int]]] = {}
 
@@ -48,20 +98,16 @@ class Served:
         cached = sequence.num_cached_tokens
         assert cached == sequence.num_tokens == len(sequence.block_table) * self.block_size
         assert cached < max(1, len(tokens))
-        # What a live sequence has written is found.
-        found = (
-            common_blocks(tokens[:-1], other.tokens, self.block_size)
-            for other in self.expected.values()
-            if (type(other.salt), other.salt) == (type(salt), salt)
-        )
-        assert len(sequence.block_table) >= max(found, default=0) * self.manager._prefix_caching
+        assert len(sequence.block_table) == self.findable.lookup(self.keys(salt, tokens[:-1]))
+        self.findable.share(sequence.block_table.tolist())
         self.expected[sequence] = Expected(salt, list(tokens[:cached]))
         self.check()
         return sequence
 
     def prepare(self, new: Mapping[CachedSequence, Sequence[int]], buffers: BatchBuffers | None = None) -> Batch:
         """As the manager's, and the layers write, too. All arrays are compared with plain loops."""
-        before = self.state()
+        before, owners = self.state(), self.owners()
+        tables = {sequence: sequence.block_table.tolist() for sequence in new}
         try:
             batch = self.manager.prepare({s: list(tokens) for s, tokens in new.items()}, buffers=buffers)
         except OutOfBlocksError:
@@ -69,6 +115,11 @@ class Served:
             self.check()
             raise
         self._check_arrays(batch, new, buffers)
+        self.findable.take(len(self.owners().keys() - owners.keys()), len(owners))
+        for sequence, tokens in new.items():
+            column, offset = divmod(len(self.expected[sequence].tokens), self.block_size)
+            if offset and len(tokens) and sequence.block_table[column] == tables[sequence][column]:
+                self.findable.write(tables[sequence][column])
         assert (batch._buffers is buffers) is (buffers is not None)
         if batch.num_tokens:
             rows = []
@@ -84,7 +135,12 @@ class Served:
     def commit(self, batch: Batch, accepted: Mapping[CachedSequence, int] | None = None) -> None:
         self.manager.commit(batch, accepted)
         for sequence, tokens in self.open.pop(batch).items():
-            self.expected[sequence].tokens += tokens[: (accepted or {}).get(sequence, len(tokens))]
+            expected = self.expected[sequence]
+            had = len(expected.tokens) // self.block_size
+            expected.tokens += tokens[: (accepted or {}).get(sequence, len(tokens))]
+            keys = self.keys(expected.salt, expected.tokens)[had:] if self.prefix_caching else []
+            for block, key in zip(sequence.block_table[had:].tolist(), keys, strict=False):
+                self.findable.fill(block, key)
         self.check()
 
     def rollback(self, batch: Batch) -> None:
@@ -109,14 +165,34 @@ class Served:
         return fork
 
     def truncate(self, sequence: CachedSequence, num_tokens: int) -> None:
+        before, table = self.owners(), sequence.block_table.tolist()
         sequence.truncate(num_tokens)
+        self._release(table[-(-num_tokens // self.block_size) :], before)
         del self.expected[sequence].tokens[num_tokens:]
         self.check()
 
     def free(self, sequence: CachedSequence) -> None:
+        before, table = self.owners(), sequence.block_table.tolist()
         self.manager.free(sequence)
+        self._release(table, before)
         del self.expected[sequence]
         self.check()
+
+    def reset_prefix_cache(self) -> None:
+        self.manager.reset_prefix_cache()
+        self.findable = Findable(self.cache.num_blocks)
+        self.findable.evictions = self.manager.stats().evictions
+        self.check()
+
+    def _release(self, blocks: Sequence[int], owners: Mapping[int, int]) -> None:
+        for block in reversed(blocks):
+            if owners[block] == 1:
+                self.findable.release(block)
+
+    def keys(self, salt: Any, tokens: Sequence[int]) -> list[Any]:
+        """What full blocks of these tokens are found by."""
+        ends = range(self.block_size, len(tokens) + 1, self.block_size)
+        return [((type(salt), salt), tuple(tokens[:end])) for end in ends]
 
     def state(self) -> Any:
         """All that a call which raises must leave as it was."""
@@ -144,6 +220,7 @@ class Served:
         self.manager.check_integrity()
         stats = self.manager.stats()
         assert stats.num_sequences == len(self.expected)
+        assert (stats.cached_blocks, stats.evictions) == (len(self.findable.cached), self.findable.evictions)
         tables = [sequence.block_table for sequence in self.expected]
         assert stats.live_blocks == len({block for table in tables for block in table.tolist()})
         lengths = [len(expected.tokens) for expected in self.expected.values()]
@@ -190,11 +267,3 @@ class Served:
             assert (got.dtype, got.shape) == (array.dtype, array.shape), name
             assert oracle.opaque(got).tobytes() == array.tobytes(), (name, got, array)
         assert (batch.sequences, batch.num_tokens, len(batch)) == (tuple(new), len(slots), len(new))
-
-
-def common_blocks(a: Sequence[int], b: Sequence[int], block_size: int) -> int:
-    """Full blocks that two runs of tokens have in common at their beginnings."""
-    n = 0
-    while n < min(len(a), len(b)) and a[n] == b[n]:
-        n += 1
-    return n // block_size

@@ -239,12 +239,12 @@ def test_a_duplicate_neither_shadows_nor_orphans_the_first(served):
 
 def test_resetting_is_refused_while_sequences_live(served):
     sequence = served.run(range(33))
-    with pytest.raises(RuntimeError, match="3 blocks belong to live sequences; free all 1 of them first"):
+    with pytest.raises(RuntimeError, match="3 blocks belong to live sequences; free these first"):
         served.manager.reset_prefix_cache()
     served.free(sequence)
     assert served.manager.stats().cached_blocks == 2
     served.add([])  # owns nothing
-    served.manager.reset_prefix_cache()
+    served.reset_prefix_cache()
     assert served.manager._pool._node == [None] * 10
     assert served.manager.stats().free_blocks == 10
     assert served.add(range(33)).num_cached_tokens == 0

@@ -114,7 +114,7 @@ def machine(device: Any, block_size: int, prefix_caching: bool) -> type[RuleBase
                 with pytest.raises(RuntimeError, match=f"{live} blocks belong to live sequences"):
                     self.served.manager.reset_prefix_cache()
             else:
-                self.served.manager.reset_prefix_cache()
+                self.served.reset_prefix_cache()
                 assert self.served.manager.stats().free_blocks == num_blocks
 
         @invariant()
@@ -231,7 +231,7 @@ def test_200_cycles_of_churn_leave_nothing(device, rng):
     assert (stats.live_blocks, stats.num_sequences, stats.free_blocks + stats.cached_blocks) == (0, 0, 40)
     assert stats.evictions > 0
     assert not served.manager._pool._owners.any()
-    served.manager.reset_prefix_cache()
+    served.reset_prefix_cache()
     assert served.manager.stats().free_blocks == 40
     assert served.manager._pool._node == [None] * 40
     assert not served.manager._pool._twins
