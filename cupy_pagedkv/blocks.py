@@ -216,6 +216,17 @@ class BlockAllocator:
                 peak_usage=self._peak,
             )
 
+    def check_integrity(self) -> None:
+        """Raise ``RuntimeError`` unless each free block stands in line once, and no other. Walks the whole pool."""
+        with self._lock:
+            line = self._queue.take(np.arange(self._head, self._head + self._free), mode="wrap")
+            marked = np.flatnonzero(self._is_free)
+            if not np.array_equal(np.sort(line), marked):
+                raise RuntimeError(
+                    f"{self._free} free blocks are counted, {len(np.unique(line))} stand in line, "
+                    f"{len(marked)} are marked as free; the same ones they must be"
+                )
+
     def block_memory_size(self, num_heads: int, head_dim: int, dtype: npt.DTypeLike) -> int:
         """Bytes of K and V together in one block of one layer.
 

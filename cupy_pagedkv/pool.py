@@ -225,6 +225,7 @@ class BlockPool:
         if len(wrong):
             block = wrong[0]
             raise RuntimeError(f"block {block} counts {self._owners[block]} owners, but {owners[block]} hold it")
+        self._allocator.check_integrity()
         self._cached.check()
         for block in range(total):
             node = self._node[block]

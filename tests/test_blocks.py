@@ -35,6 +35,17 @@ def test_get_slot(position, slot):
     assert table.get_slot(position) == slot
 
 
+def test_integrity_of_an_allocator():
+    allocator = BlockAllocator(10, 4)
+    allocator.free(allocator.allocate(7)[::-1])
+    allocator.check_integrity()
+    allocator.allocate(8)
+    allocator.check_integrity()
+    allocator._is_free[3] = True
+    with pytest.raises(RuntimeError, match="2 free blocks are counted, 2 stand in line, 3 are marked as free"):
+        allocator.check_integrity()
+
+
 def test_memory_sizes():
     assert BlockAllocator(1, 16).block_memory_size(32, 128, np.float16) == 262_144
     assert BlockAllocator(10, 16).total_memory_size(32, 128, "float16") == 2_621_440

@@ -386,6 +386,7 @@ def test_prompts_are_counted_when_they_are_used(served):
     served.run(range(33))
     for _ in range(100):
         served.free(served.add(range(33)))
+    assert not served.manager._uncounted
     served.rollback(served.prepare({served.add(range(33)): [1]}))
     stats = served.manager.stats()
     assert (stats.prompts, stats.hits, stats.prompt_tokens, stats.tokens_saved, stats.hit_rate) == (1, 0, 33, 0, 0)
@@ -744,6 +745,10 @@ def test_integrity_states_its_numbers(served):
         manager.check_integrity()
     pool._allocator.reset()
     pool._allocator.allocate(5)
+    pool._allocator._queue[6] = 5
+    with pytest.raises(RuntimeError, match="5 free blocks are counted, 4 stand in line, 5 are marked as free"):
+        manager.check_integrity()
+    pool._allocator._queue[6] = 6
     manager.check_integrity()
 
 
