@@ -45,7 +45,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -127,6 +127,9 @@ class CachedSequence:
         if self._manager is None:
             return "<CachedSequence, freed>"
         return f"<CachedSequence of {self.num_tokens} tokens in blocks {self.block_table.tolist()}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a sequence can be neither copied nor pickled; fork() makes a second one of the same tokens")
 
     def _owner(self) -> "KVCacheManager":
         if self._manager is None:

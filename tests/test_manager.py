@@ -1,5 +1,7 @@
 """The rules of many sequences over one pool, one by one; ``test_manager_model`` mixes them."""
 
+import copy
+import pickle
 from array import array
 from collections import deque
 from pathlib import Path
@@ -542,6 +544,13 @@ def test_a_freed_sequence(served):
         with pytest.raises(ValueError, match="this sequence has been freed; add its tokens again"):
             use()
     served.check()
+
+
+def test_a_sequence_is_not_copied(served):
+    sequence = served.run(range(20))
+    for copying in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"neither copied nor pickled; fork\(\) makes a second one"):
+            copying(sequence)
 
 
 def test_a_sequence_in_an_open_batch(served):
