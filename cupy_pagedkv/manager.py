@@ -8,7 +8,7 @@
 >>> manager = KVCacheManager(cache)
 >>> prompt = [11, 12, 13, 14, 15, 16]
 >>> first = manager.add(prompt)
->>> with manager.prepare({first: prompt}) as batch:
+>>> with manager.prepare({first: prompt[first.num_cached_tokens :]}) as batch:
 ...     for layer in cache:
 ...         layer.update(np.ones((6, 1, 8), np.float16), np.ones((6, 1, 8), np.float16), batch.slot_mapping)
 >>> second = manager.add(prompt)
@@ -42,6 +42,7 @@ that the layers work on.
 import mmap
 from array import array
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from types import TracebackType
@@ -52,7 +53,7 @@ import numpy.typing as npt
 
 from .backend import backend_of
 from .batch import Batch, BatchBuffers
-from .blocks import BlockTable, at_least
+from .blocks import at_least
 from .cache import LayeredPagedKVCache
 from .pool import BlockPool, Node, Salt
 
@@ -150,7 +151,7 @@ class KVCacheStats:
     """That no sequence owns, but that are found by their tokens until they are needed."""
     num_sequences: int
     prompts: int
-    """Sequences that came by ``add``, counted when their first batch is committed."""
+    """Sequences that came by ``add``, counted when the first new token of each is committed."""
     hits: int
     """Those of them that shared a block."""
     prompt_tokens: int
@@ -179,16 +180,18 @@ class KVCacheManager:
     With ``prefix_caching``, a new sequence shares the full blocks that hold its first tokens already, whether their
     sequence lives or is gone. A match is exact: all tokens before the block, and the salt, are compared, not hashed.
 
-    A call that raises leaves everything as it was. Not thread-safe. The cost of a call depends on what it is given, not
-    on the size of the pool or on how many sequences there are, but for :meth:`check_integrity`,
-    :meth:`reset_prefix_cache` and, now and then, the growth of its own tables.
+    A call that raises leaves everything as it was, but for what :meth:`prepare` says. Not thread-safe. The cost of a
+    call depends on what it is given, not on the size of the pool or on how many sequences there are, but for
+    :meth:`check_integrity`, :meth:`reset_prefix_cache` and, now and then, the growth of its own tables.
 
-    A cache has one manager, which nobody else hands out blocks beside. Raises ``TypeError`` for another kind of cache.
+    A cache has one manager, and nobody else hands out its blocks. Raises ``TypeError`` for another kind of cache, and
+    ``ValueError`` for one that has blocks in its own block table.
 
     >>> cache = LayeredPagedKVCache(1, 8, 4, num_kv_heads=1, head_dim=2, dtype="float16", device="cpu")
     >>> manager = KVCacheManager(cache)
-    >>> sequence = manager.add([1, 2, 3])
-    >>> manager.commit(manager.prepare({sequence: [1, 2, 3]}))
+    >>> prompt = [1, 2, 3]
+    >>> sequence = manager.add(prompt)
+    >>> manager.commit(manager.prepare({sequence: prompt[sequence.num_cached_tokens :]}))
     >>> draft = manager.prepare({sequence: [4, 5, 6]})  # a speculative run, of which one token is accepted
     >>> manager.commit(draft, accepted={sequence: 1})
     >>> branch = sequence.fork()
@@ -200,6 +203,10 @@ class KVCacheManager:
     def __init__(self, cache: LayeredPagedKVCache, *, prefix_caching: bool = True) -> None:
         if not isinstance(cache, LayeredPagedKVCache):
             raise TypeError(f"cache must be a LayeredPagedKVCache, got {type(cache).__name__}")
+        if cache.block_table(0).num_blocks:
+            raise ValueError(
+                "the cache maps a sequence of its own to blocks; a manager hands out all of them: reset it"
+            )
         self._cache = cache
         self._place = cache[0].k_cache.device
         self._staging = backend_of(("the cache",), cache[0].k_cache).staging()
@@ -217,6 +224,16 @@ class KVCacheManager:
         self._free_rows: list[int] = []
         self._uncounted: dict[CachedSequence, int] = {}  # the tokens of prompts of which nothing is committed yet
         self._prompts = self._hits = self._prompt_tokens = self._tokens_saved = self._copies = 0
+
+    @property
+    def sequences(self) -> tuple[CachedSequence, ...]:
+        """All that are not freed, in no order."""
+        return tuple(self._sequences)
+
+    @property
+    def open_batches(self) -> tuple[Batch, ...]:
+        """All that are neither committed nor rolled back, in no order."""
+        return tuple(self._batches)
 
     @property
     def num_available_blocks(self) -> int:
@@ -252,7 +269,8 @@ class KVCacheManager:
         """Room for the next tokens of each sequence: a prompt, a piece of one, one decoded token, a speculative run.
 
         new_tokens
-            For each sequence the tokens that come behind its ``num_tokens``.
+            For each sequence the tokens that come behind its ``num_tokens``; of a prompt that was just added these are
+            ``prompt[sequence.num_cached_tokens :]``, since the others are there.
         buffers
             What :meth:`buffers` returned; they become the batch's arrays, and are filled in the order of the current
             stream. Until the batch has ended they cannot be those of another.
@@ -261,8 +279,8 @@ class KVCacheManager:
 
         On a GPU this copies from the host, and so a CUDA graph must not capture it.
 
-        Raises :class:`~cupy_pagedkv.OutOfBlocksError` if the blocks do not suffice for all of them; the free ones that
-        it counts are free or cached. Raises ``ValueError`` for sequences that are freed, of another manager or in an
+        Raises :class:`~cupy_pagedkv.OutOfBlocksError` if the blocks do not suffice for all of them; its ``free`` counts
+        cached blocks, too. Raises ``ValueError`` for sequences that are freed, of another manager or in an
         open batch, for buffers that are another manager's, in use or too small, ``TypeError`` and ``ValueError`` for
         what are no tokens. If a device fails, cached blocks may be gone and buffers hold anything; all else is as it
         was.
@@ -347,14 +365,15 @@ class KVCacheManager:
             self._remember(batch, ends)
         self._lengths[batch._rows] = ends
         if self._uncounted:
-            for sequence in batch.sequences:
-                self._count(sequence)
+            for i in np.flatnonzero(kept).tolist():
+                self._count(batch.sequences[i], int(batch._starts[i]))
         self._close(batch, "committed")
 
     def rollback(self, batch: Batch) -> None:
         """Drop a batch: its sequences are what they were before, whatever the layers have written.
 
-        Only a copy of a shared block is kept, by the sequence that it was made for: a fork may own one block more.
+        A copy of a shared block is kept, by the sequence that it was made for: a fork may own one block more. Cached
+        blocks that ``prepare`` took do not come back, nor is a block found again that the batch was about to write to.
 
         Raises ``ValueError`` for a batch that has ended already or is another manager's.
         """
@@ -424,7 +443,7 @@ class KVCacheManager:
         owners = np.zeros(self._pool.num_blocks, np.int64)
         for sequence in self._sequences:
             blocks, length = self._blocks_of(sequence._row), int(self._lengths[sequence._row])
-            needed = BlockTable.blocks_needed(length, self._block_size)
+            needed = -(-length // self._block_size)
             if len(blocks) < needed or (len(blocks) > needed and not self._is_open[sequence._row]):
                 raise RuntimeError(f"a sequence of {length} tokens has {len(blocks)} blocks, and should have {needed}")
             owners[blocks] += 1
@@ -525,14 +544,15 @@ class KVCacheManager:
         if any(batch._buffers is buffers for batch in self._batches):
             raise ValueError("these buffers are those of an open batch; commit it or roll it back first")
 
-    def _count(self, sequence: CachedSequence) -> None:
-        """Count a prompt, the first time that a batch of its sequence is committed."""
+    def _count(self, sequence: CachedSequence, start: int) -> None:
+        """Count a prompt, the first time that its sequence grows."""
         num_tokens = self._uncounted.pop(sequence, None)
         if num_tokens is not None:
+            saved = min(start, sequence._num_cached)
             self._prompts += 1
-            self._hits += sequence._num_cached > 0
+            self._hits += saved > 0
             self._prompt_tokens += num_tokens
-            self._tokens_saved += sequence._num_cached
+            self._tokens_saved += saved
 
     def _check_open(self, batch: Batch) -> None:
         if not isinstance(batch, Batch):
@@ -606,7 +626,8 @@ def _lazy_zeros(height: int, width: int) -> npt.NDArray[np.int32]:
     if not (height * width and hasattr(mmap, "MADV_NOHUGEPAGE")):  # Linux has it
         return np.zeros((height, width), np.int32)
     memory = mmap.mmap(-1, 4 * height * width, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    with suppress(OSError):  # of a kernel that has no huge pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, np.int32).reshape(height, width)
 
 
@@ -624,7 +645,7 @@ def _as_tokens(tokens: Any) -> npt.NDArray[np.int32]:
         return np.asarray(array("i", tokens))
     except OverflowError:
         raise ValueError("tokens must be from -2**31 to 2**31 - 1") from None
-    except TypeError as error:
+    except (TypeError, NotImplementedError) as error:
         raise TypeError(f"tokens must be a list of ints or a NumPy array on the host: {error}") from None
 
 

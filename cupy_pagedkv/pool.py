@@ -24,6 +24,8 @@ Salt: TypeAlias = str | bytes | int | None
 
 _Blocks: TypeAlias = npt.NDArray[np.int32]
 
+_AHEAD = 1024  # places of a queue that are looked at together: no more work than a few are
+
 
 class Node(dict[bytes, "Node"]):
     """The end of a prefix that fills blocks: the tokens of one more block → the node behind them."""
@@ -60,7 +62,7 @@ class BlockPool:
         self._owners = np.zeros(num_blocks, np.int32)
         self._cached = _Queue(num_blocks)
         self._roots: WeakValueDictionary[tuple[type, Salt], Node] = WeakValueDictionary()
-        self._node: list[Node | None] = [None] * num_blocks  # behind the tokens that a block is found by
+        self._node: list[Node | None] = [None] * num_blocks  # behind the tokens of a block that is found, or a twin
         # Live blocks that hold the same as another that is found, and live: {that one: the others}.
         self._twins: dict[int, set[int]] = {}
         self.evictions = 0
@@ -191,9 +193,10 @@ class BlockPool:
                 del node.parent[node.chunk]
                 behind = [node]
                 while behind:
-                    children = behind.pop().values()
-                    behind += children
-                    unreachable += (child.block for child in children)
+                    gone = behind.pop()
+                    behind += gone.values()
+                    unreachable += (child.block for child in gone.values())
+                    gone.clear()  # or nodes and their parents would keep each other
             if twins:
                 self._twins[node.block] = twins
         if unreachable:
@@ -295,16 +298,21 @@ class _Queue:
         missing = count
         while missing:
             stamp, run = self._runs.popleft()
-            if len(run) > missing:
-                self._runs.appendleft((stamp, run[missing:]))
-                run = run[:missing]
             self._places -= len(run)
-            run = run[self._stamp[run] == stamp]
-            missing -= len(run)
-            popped.append(run)
+            ahead = max(missing, _AHEAD)
+            held = run[:ahead][self._stamp[run[:ahead]] == stamp]
+            self._put_back(stamp, run[ahead:])
+            self._put_back(stamp, held[missing:])
+            popped.append(held[:missing])
+            missing -= len(popped[-1])
         blocks = np.concatenate(popped) if popped else np.empty(0, np.int32)
         self.remove(blocks)
         return blocks
+
+    def _put_back(self, stamp: int, run: _Blocks) -> None:
+        if len(run):
+            self._runs.appendleft((stamp, run))
+            self._places += len(run)
 
     def _append(self, stamp: int, run: _Blocks) -> None:
         if len(run):

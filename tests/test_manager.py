@@ -1,6 +1,8 @@
 """The rules of many sequences over one pool, one by one; ``test_manager_model`` mixes them."""
 
 import copy
+import gc
+import mmap
 import pickle
 from array import array
 from collections import deque
@@ -394,6 +396,13 @@ def test_prompts_are_counted_when_they_are_used(served):
     assert (stats.prompts, stats.hits, stats.prompt_tokens, stats.tokens_saved, stats.hit_rate) == (1, 0, 33, 0, 0)
     served.append(served.fork(served.run(range(34))), [1])
     assert (served.manager.stats().prompts, served.manager.stats().tokens_saved) == (2, 32)
+    cut = served.add(range(34))
+    served.commit(served.prepare({cut: [1]}), {cut: 0})
+    assert served.manager.stats().prompts == 2
+    served.truncate(cut, 7)
+    served.append(cut, range(7, 34))
+    stats = served.manager.stats()
+    assert (stats.prompts, stats.hits, stats.prompt_tokens, stats.tokens_saved) == (3, 2, 33 + 34 + 34, 32 + 7)
 
 
 # Batches
@@ -488,6 +497,8 @@ def test_two_batches_at_a_time(served):
     first, second = served.add(range(20)), served.add(range(20))
     one = served.prepare({first: range(20)})
     two = served.prepare({second: range(20)})
+    assert set(served.manager.sequences) == {first, second}
+    assert set(served.manager.open_batches) == {one, two}
     served.commit(two)
     served.rollback(one)
     assert (first.num_tokens, second.num_tokens) == (0, 20)
@@ -601,6 +612,12 @@ def test_what_is_anothers(served):
         served.manager.prepare([mine])
     with pytest.raises(TypeError, match="cache must be a LayeredPagedKVCache, got PagedKVCache"):
         KVCacheManager(served.cache[0])
+    used = LayeredPagedKVCache(1, 8, 4, 1, 2, "uint8", "cpu")
+    used.set_blocks([3])
+    with pytest.raises(ValueError, match="the cache maps a sequence of its own to blocks"):
+        KVCacheManager(used)
+    used.reset()
+    KVCacheManager(used)
     for nothing in (3, batch, None):
         with pytest.raises(TypeError, match=r"expected sequences, which add\(\) returns, got (int|Batch|NoneType)"):
             served.manager.prepare({mine: [1], nothing: [1]})
@@ -819,6 +836,32 @@ def test_nothing_walks_all_blocks(monkeypatch):
     assert min(manager.stats().evictions, manager.stats().copies) > 0
 
 
+def test_what_is_gone_leaves_no_cycles(served):
+    """Of nodes and their parents: the last reference to a root goes with what was found behind it."""
+    sequence = served.run(range(40), "salt")
+    served.truncate(sequence, 20)
+    gc.collect()
+    gc.disable()
+    try:
+        served.append(sequence, range(20))
+        served.truncate(sequence, 1)
+        served.append(sequence, [1])
+        served.free(sequence)
+        assert not len(served.manager._pool._roots)
+    finally:
+        gc.enable()
+
+
+def test_a_kernel_without_huge_pages(monkeypatch):
+    class Memory(mmap.mmap):
+        def madvise(self, *_: Any) -> None:
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr("cupy_pagedkv.manager.mmap.mmap", Memory)
+    manager = KVCacheManager(LayeredPagedKVCache(1, 8, 4, 1, 2, "uint8", "cpu"))
+    manager.add([1])
+
+
 def test_many_sequences_come_and_go(served):
     """Rows are used again, and tables grow."""
     sequences = [served.manager.add([]) for _ in range(100)]
@@ -864,6 +907,26 @@ def test_a_queue_keeps_its_order(rng):
         assert queue._places <= 2 * 500 + 1024 + 30
     assert queue.pop(len(model)).tolist() == model
     assert queue.pop(0).tolist() == []
+
+
+def test_places_that_blocks_have_left_are_passed_over_together():
+    """As after a hit of a long prompt, in a step that evicts one block."""
+
+    class Counted(deque):
+        count = 0
+
+        def popleft(self) -> Any:
+            self.count += 1
+            return super().popleft()
+
+    queue = _Queue(100_001)
+    queue.put(np.arange(100_000, dtype=np.int32))
+    queue.remove(np.arange(99_998, dtype=np.int32))
+    queue._runs = Counted(queue._runs)
+    assert queue.pop(1).tolist() == [99_998]
+    assert queue._runs.count <= 100_000 // 1024 + 1
+    assert queue.pop(1).tolist() == [99_999]
+    assert (queue.count, queue._places) == (0, 0)
 
 
 def test_places_that_blocks_have_left_do_not_heap_up():
