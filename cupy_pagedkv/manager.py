@@ -222,7 +222,8 @@ class KVCacheManager:
         self._sequences: set[CachedSequence] = set()
         self._batches: set[Batch] = set()
         self._free_rows: list[int] = []
-        self._uncounted: dict[CachedSequence, int] = {}  # the tokens of prompts of which nothing is committed yet
+        # The prompts of sequences that have not grown yet.
+        self._uncounted: dict[CachedSequence, npt.NDArray[np.int32]] = {}
         self._prompts = self._hits = self._prompt_tokens = self._tokens_saved = self._copies = 0
 
     @property
@@ -262,7 +263,7 @@ class KVCacheManager:
         blocks = np.fromiter(found, np.int32, len(found))
         num_cached = len(blocks) * self._block_size
         sequence = self._new_sequence(root, num_cached, blocks)
-        self._uncounted[sequence] = len(prompt)
+        self._uncounted[sequence] = prompt
         return sequence
 
     def prepare(self, new_tokens: Mapping[CachedSequence, Tokens], *, buffers: BatchBuffers | None = None) -> Batch:
@@ -280,10 +281,10 @@ class KVCacheManager:
         On a GPU this copies from the host, and so a CUDA graph must not capture it.
 
         Raises :class:`~cupy_pagedkv.OutOfBlocksError` if the blocks do not suffice for all of them; its ``free`` counts
-        cached blocks, too. Raises ``ValueError`` for sequences that are freed, of another manager or in an
-        open batch, for buffers that are another manager's, in use or too small, ``TypeError`` and ``ValueError`` for
-        what are no tokens. If a device fails, cached blocks may be gone and buffers hold anything; all else is as it
-        was.
+        cached blocks, too. Raises ``ValueError`` for sequences that are freed, of another manager or in an open batch,
+        for a whole prompt of which a part was found, and for buffers that are another manager's, in use or too small;
+        ``TypeError`` and ``ValueError`` for what are no tokens. If a device fails, cached blocks may be gone, and
+        buffers hold anything; all else is as it was.
         """
         if not isinstance(new_tokens, Mapping):
             raise TypeError(f"expected {{sequence: its new tokens}}, got {type(new_tokens).__name__}")
@@ -299,6 +300,8 @@ class KVCacheManager:
             self._check_buffers(buffers)
             buffers._check_room(len(rows), len(tokens), max_blocks)
         batch = Batch(self, sequences, rows, tokens, starts, counts)
+        for sequence in self._uncounted.keys() & new_tokens.keys():
+            self._check_prompt(sequence, batch)
 
         # Who writes to a block that is begun already, and to which.
         writers = np.flatnonzero((starts % size != 0) & (counts > 0))
@@ -544,14 +547,25 @@ class KVCacheManager:
         if any(batch._buffers is buffers for batch in self._batches):
             raise ValueError("these buffers are those of an open batch; commit it or roll it back first")
 
+    def _check_prompt(self, sequence: CachedSequence, batch: Batch) -> None:
+        """Refuse a whole prompt behind that part of it which was found."""
+        i = batch.sequences.index(sequence)
+        first, start, count = int(batch._first[i]), int(batch._starts[i]), int(batch._counts[i])
+        prompt = self._uncounted[sequence]
+        if start and start == sequence._num_cached and np.array_equal(batch._tokens[first : first + count], prompt):
+            raise ValueError(
+                f"{start} of the prompt's {count} tokens are in the cache already, and would be there twice; "
+                "give prepare the others, prompt[sequence.num_cached_tokens:]"
+            )
+
     def _count(self, sequence: CachedSequence, start: int) -> None:
         """Count a prompt, the first time that its sequence grows."""
-        num_tokens = self._uncounted.pop(sequence, None)
-        if num_tokens is not None:
+        prompt = self._uncounted.pop(sequence, None)
+        if prompt is not None:
             saved = min(start, sequence._num_cached)
             self._prompts += 1
             self._hits += saved > 0
-            self._prompt_tokens += num_tokens
+            self._prompt_tokens += len(prompt)
             self._tokens_saved += saved
 
     def _check_open(self, batch: Batch) -> None:

@@ -522,7 +522,7 @@ def test_a_batch_and_a_sequence_as_contexts(served):
     other, third = manager.add(range(20)), manager.add([])
     still_open = manager.prepare({third: [1]})
     with pytest.raises(KeyError), manager.add(range(20)) as sequence:  # noqa: PT012
-        batch = manager.prepare({sequence: range(20), other: [1]})
+        batch = manager.prepare({sequence: range(100, 120), other: [1]})
         raise KeyError
     assert repr(batch) == "<Batch of 21 tokens of 2 sequences, rolled back>"
     assert manager.stats().cached_blocks == 0
@@ -624,6 +624,20 @@ def test_what_is_anothers(served):
         with pytest.raises(TypeError, match=r"expected sequences, which add\(\) returns"):
             served.manager.free(nothing)
     assert served.state() == before
+
+
+def test_a_whole_prompt_behind_what_was_found_of_it(served):
+    prompt, other = list(range(40)), served.run([7])
+    served.append(served.add(prompt), prompt)  # nothing was found
+    hit = served.add(prompt)
+    before = served.state()
+    with pytest.raises(
+        ValueError, match=r"32 of the prompt's 40 tokens are in the cache already, .*num_cached_tokens:\]"
+    ):
+        served.manager.prepare({other: [1], hit: prompt})
+    assert served.state() == before
+    served.append(hit, prompt[32:])
+    served.append(hit, prompt)  # which may come again later on
 
 
 def test_what_is_accepted(served):
