@@ -286,10 +286,10 @@ class LayeredPagedKVCache:
         Raises :class:`~cupy_pagedkv.OutOfBlocksError` if the allocator has too few blocks, ``ValueError`` if its
         blocks are not those of this cache; then nothing has changed.
         """
-        if allocator.block_size != self.block_size or allocator.total_blocks > self._layers[0].num_blocks:
+        if allocator.block_size != self.block_size or allocator.total_blocks > self.num_blocks:
             raise ValueError(
                 f"the allocator has {allocator.total_blocks} blocks of {allocator.block_size} tokens, "
-                f"the cache {self._layers[0].num_blocks} of {self.block_size}; make them alike"
+                f"the cache {self.num_blocks} of {self.block_size}; make them alike"
             )
         needed = self._block_table.additional_blocks_needed(additional_tokens)
         if needed:
@@ -309,7 +309,7 @@ class LayeredPagedKVCache:
         ``seq_len`` becomes 0; say with :meth:`set_seq_len` how many tokens are in them. The blocks mapped before are
         not freed. Raises ``ValueError`` for an id that is not in the pool, and then nothing has changed.
         """
-        ids = block_ids(blocks, self._layers[0].num_blocks)
+        ids = block_ids(blocks, self.num_blocks)
         self._block_table.clear()
         self._block_table.append_blocks(ids)
 
