@@ -108,7 +108,7 @@ class Batch:
         slots[:] = tables[self._index, columns]
         slots *= block_size
         slots += offsets
-        host.seq_lens[:num_seqs] = self._starts + self._counts
+        host.seq_lens[:num_seqs] = self.host_seq_lens
         host.cu_seqlens[:num_seqs] = self._first
         host.cu_seqlens[num_seqs:] = num_tokens
 

@@ -389,7 +389,7 @@ class KVCacheManager:
 
         Raises ``ValueError`` for a sequence that is freed already, of another manager, or in an open batch.
         """
-        row = int(self._rows_of((sequence,))[0])
+        row = self._row_of(sequence)
         self._lengths[row] = 0
         self._shrink(row)
         self._free_rows.append(row)
@@ -456,14 +456,14 @@ class KVCacheManager:
             raise RuntimeError(f"{len(self._free_rows)} free and {len(self._sequences)} used rows are not all rows")
 
     def _fork(self, sequence: CachedSequence) -> CachedSequence:
-        row = int(self._rows_of((sequence,))[0])
+        row = self._row_of(sequence)
         length = int(self._lengths[row])
         fork = self._new_sequence(sequence._root, length, self._blocks_of(row))
         self._tails[fork._row] = self._tails[row]
         return fork
 
     def _truncate(self, sequence: CachedSequence, num_tokens: int) -> None:
-        row = int(self._rows_of((sequence,))[0])
+        row = self._row_of(sequence)
         length = int(self._lengths[row])
         if at_least(0, "num_tokens", num_tokens) > length:
             raise ValueError(f"cannot truncate to {num_tokens} tokens: the sequence has {length}")
@@ -498,7 +498,7 @@ class KVCacheManager:
         return sequence
 
     def _add_rows(self) -> None:
-        had, width = self._tables.shape
+        had, width = len(self._lengths), self._tables.shape[1]
         more = max(8, had)
         self._resize_tables(had + more, width)
         self._lengths, self._num_blocks, self._tails, self._is_open = (
@@ -538,6 +538,9 @@ class KVCacheManager:
         if is_open.any():
             raise ValueError(f"{sequences[is_open.argmax()]!r} is in an open batch; commit it or roll it back first")
         return rows
+
+    def _row_of(self, sequence: CachedSequence) -> int:
+        return int(self._rows_of((sequence,))[0])
 
     def _check_buffers(self, buffers: BatchBuffers) -> None:
         if not isinstance(buffers, BatchBuffers):
@@ -618,7 +621,7 @@ class KVCacheManager:
 
     def _close(self, batch: Batch, end: str) -> None:
         rows = batch._rows
-        for row in rows[self._num_blocks[rows] * self._block_size >= self._lengths[rows] + self._block_size].tolist():
+        for row in rows[self._num_blocks[rows] > -(-self._lengths[rows] // self._block_size)].tolist():
             self._shrink(row)
         self._is_open[rows] = False
         self._batches.remove(batch)
@@ -646,13 +649,13 @@ def _lazy_zeros(height: int, width: int) -> npt.NDArray[np.int32]:
 
 
 def _as_tokens(tokens: Any) -> npt.NDArray[np.int32]:
-    """Tokens as int32 ``[n]``: whole numbers that fit."""
+    """Tokens as int32 ``[n]``, in an array of our own: whole numbers that fit."""
     if isinstance(tokens, np.ndarray):
         if tokens.dtype.kind not in "iu" or tokens.ndim != 1:
             raise TypeError(f"tokens must be whole numbers on one axis, got {tokens.dtype} of shape {tokens.shape}")
         if len(tokens) and (tokens.min() < -(2**31) or tokens.max() >= 2**31):
             raise ValueError(f"tokens must be from -2**31 to 2**31 - 1, got {tokens.min()} to {tokens.max()}")
-        return np.ascontiguousarray(tokens, np.int32)
+        return tokens.astype(np.int32)
     if not isinstance(tokens, Sequence) or isinstance(tokens, str | bytes | bytearray):
         raise TypeError(f"tokens must be a list of ints or a NumPy array on the host, got {type(tokens)}")
     try:

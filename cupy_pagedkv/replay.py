@@ -94,6 +94,7 @@ class Report:
 class _Sequence:
     number: int
     request: Request
+    hash_ids: npt.NDArray[np.int64]
     contents: npt.NDArray[np.int64]
     """What the hashed parts of the prompt are, by numbers that are equal only if all before is."""
     known: int
@@ -108,8 +109,7 @@ class _Sequence:
 
     def tokens(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Its tokens: those of a hashed part are all the part's id, and all others are like no other request's."""
-        ids = self.request.hash_ids
-        return self._at(np.arange(start, stop), np.array(ids, np.int64), -1 - self.number)
+        return self._at(np.arange(start, stop), self.hash_ids, -1 - self.number)
 
     def contents_at(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Numbers that two tokens at one position have in common only if all tokens before are equal, too."""
@@ -156,7 +156,8 @@ def replay(
         contents = [-1]
         for hash_id in request.hash_ids:
             contents.append(parts.setdefault((contents[-1], hash_id), len(parts)))
-        sequence = _Sequence(number, request, np.array(contents[1:], np.int64), known=request.input_length)
+        ids = np.array(request.hash_ids, np.int64)
+        sequence = _Sequence(number, request, ids, np.array(contents[1:], np.int64), known=request.input_length)
         needed = BlockTable.blocks_needed(sequence.length, block_size)
         if needed <= num_blocks:
             sequences.append(sequence)
@@ -166,8 +167,7 @@ def replay(
                 f"a request of {request.input_length} + {request.output_length} tokens needs {needed} blocks of "
                 f"{block_size}, but the pool has {num_blocks}; make the pool larger or skip such requests",
             )
-    run = _Replay(KVCacheManager(cache, prefix_caching=prefix_caching), cache, sequences, max_num_seqs)
-    run.report.prefix_caching = prefix_caching
+    run = _Replay(cache, sequences, prefix_caching, max_num_seqs)
     run.report.skipped = len(requests) - len(sequences)
     on_progress(run.report.skipped)
     start = time.perf_counter()
@@ -203,10 +203,10 @@ def _mix(x: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
 
 class _Replay:
     def __init__(
-        self, manager: KVCacheManager, cache: LayeredPagedKVCache, sequences: list[_Sequence], max_num_seqs: int
+        self, cache: LayeredPagedKVCache, sequences: list[_Sequence], prefix_caching: bool, max_num_seqs: int
     ) -> None:
         pool = cache[0].k_cache
-        self.manager = manager
+        self.manager = KVCacheManager(cache, prefix_caching=prefix_caching)
         self.cache = cache
         self.row_shape = pool.shape[2:]
         self.row_bytes = int(np.prod(self.row_shape)) * pool.itemsize
@@ -225,6 +225,7 @@ class _Replay:
             num_blocks=cache.num_blocks,
             block_size=cache.block_size,
             pool_bytes=2 * len(cache) * pool.nbytes,
+            prefix_caching=prefix_caching,
         )
         # One token that goes nowhere and one that was never written, so that no time includes compiling a kernel.
         nowhere = self._on_device(np.zeros((1, self.row_bytes), np.uint8))
@@ -320,6 +321,7 @@ class _Replay:
         block_tables = sequence.cached.block_table[None]
         for first in range(0, sequence.length, _CHUNK):
             positions = np.arange(first, min(first + _CHUNK, sequence.length))
+            contents = sequence.contents_at(positions)
             for i, layer in enumerate(self.cache):
                 start = time.perf_counter()
                 gathered = layer.gather(block_tables, [int(positions[-1]) + 1], seq_starts=[first])
@@ -327,7 +329,6 @@ class _Replay:
                 self.report.gather_seconds += time.perf_counter() - start
                 for tensor, rows in enumerate(gathered):
                     got = self.backend.asnumpy(rows.reshape(-1).view(np.uint8)).reshape(len(positions), -1)
-                    contents = sequence.contents_at(positions)
                     expected = token_bytes(contents, positions, i, tensor, self.row_bytes)
                     wrong = (got != expected).any(axis=1)
                     if wrong.any():

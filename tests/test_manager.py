@@ -638,6 +638,13 @@ def test_a_whole_prompt_behind_what_was_found_of_it(served):
     assert served.state() == before
     served.append(hit, prompt[32:])
     served.append(hit, prompt)  # which may come again later on
+    buffer = np.array(prompt, np.int32)  # that its owner uses again
+    hit = served.manager.add(buffer)
+    buffer += 1
+    batch = served.manager.prepare({hit: buffer})
+    buffer += 1
+    served.manager.commit(batch)
+    assert served.manager.add([*range(32), *range(1, 41)]).num_cached_tokens == 64
 
 
 def test_what_is_accepted(served):
