@@ -48,6 +48,9 @@ class Layout(Pools):
     """Of K and V together, in one layer."""
     plain: bool
     """Whether no array has an axis of layers, and no item fields."""
+    k_row: np.dtype[Any] | None
+    """K of a token in one layer as one opaque item; None where tokens or slots do not lie one after the other."""
+    v_row: np.dtype[Any] | None
 
 
 def layout_of(names: tuple[str, str], key: Any, value: Any, k_cache: Any, v_cache: Any) -> Layout:
@@ -94,7 +97,16 @@ def _layout_of(
         )
     token_bytes = sum(pool.shape[3] * pool.shape[4] * pool.dtype.itemsize for pool in (pools.k_cache, pools.v_cache))
     plain = len(k_shape) == 4 and k_dtype.fields is None and v_dtype.fields is None
-    return Layout(**vars(pools), key=key, value=value, num_tokens=key.shape[1], token_bytes=token_bytes, plain=plain)
+    return Layout(
+        **vars(pools),
+        key=key,
+        value=value,
+        num_tokens=key.shape[1],
+        token_bytes=token_bytes,
+        plain=plain,
+        k_row=_row(key, pools.k_cache),
+        v_row=_row(value, pools.v_cache),
+    )
 
 
 @functools.lru_cache(_REMEMBERED)
@@ -138,6 +150,16 @@ def _check_tokens(
         )
     if dtype != pool_dtype:
         raise TypeError(f"{name} must have the dtype of {pool_name}, {pool_dtype}, got {dtype}")
+
+
+def _row(tokens: Form, pool: Form) -> np.dtype[Any] | None:
+    for form in (tokens, pool):
+        step = form.dtype.itemsize
+        for size, stride in zip(form.shape[:0:-1], form.strides[:0:-1], strict=True):  # without the axis of layers
+            if size != 1 and stride != step:
+                return None
+            step *= size
+    return np.dtype((np.void, pool.shape[-2] * pool.shape[-1] * pool.dtype.itemsize))
 
 
 def _with_layers(ndim: int, shape: _Ints, strides: _Ints, dtype: np.dtype[Any]) -> Form:

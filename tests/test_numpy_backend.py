@@ -26,8 +26,9 @@ def everything_is_much():
     """As if a few tokens were worth several threads; with helpers even on a machine of one core."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "EMULATE", False)
-        patch.setattr(numpy_backend, "_LARGE_BYTES", 200)
+        patch.setattr(numpy_backend, "_MANY_TOKENS", 4)
         patch.setattr(numpy_backend, "_SHARED_BYTES", 300)
+        patch.setattr(numpy_backend, "_LARGEST_JOB", 200)
         patch.setattr(numpy_backend, "_MANY_ITEMS", 3)
         patch.setattr(numpy_backend, "_WORTHWHILE_TOKENS", 1)
         patch.setattr(os, "sched_getaffinity", lambda pid: range(4))
@@ -211,7 +212,7 @@ import os, numpy as np
 import cupy_pagedkv.numpy_backend as numpy_backend
 from cupy_pagedkv import reshape_and_cache
 os.sched_getaffinity = lambda pid: range(2)
-numpy_backend._LARGE_BYTES = numpy_backend._SHARED_BYTES = 1
+numpy_backend._SHARED_BYTES = 1
 pools, key = np.zeros((2, 8, 4, 1, 8), np.int8), np.ones((32, 1, 8), np.int8)
 reshape_and_cache(key, key, *pools, np.arange(32))
 child = os.fork()
