@@ -30,6 +30,7 @@ _WORTHWHILE_TOKENS = 128  # of a stretch, or of a sequence, that is copied on it
 _MANY_ITEMS = 500  # NumPy lets go of the interpreter for more items than these
 _MANY_TOKENS = 2**14  # from here on it pays to look for whole blocks
 _SHARED_BYTES = 2**22  # from here on several threads: waking one and waiting for it is like copying 1 MB
+_HEAD_START = 2**19  # bytes that the caller copies while a helper wakes up
 _LARGEST_JOB = 2**23  # bytes; a thread that is held up holds up no more than this
 _MAX_THREADS = 8
 
@@ -59,6 +60,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_helpers.cache_clear)  # a child has none of its parent's threads
 
 
+def _num_threads(num_bytes: int) -> int:
+    return min(_helpers()[1] + 1, 2 * num_bytes // _SHARED_BYTES)
+
+
 def _run(jobs: list[_Job], num_bytes: int) -> None:
     """Run ``jobs``, which copy ``num_bytes``, in any order; all are done when this returns, and none runs any more when
     this raises."""
@@ -66,7 +71,9 @@ def _run(jobs: list[_Job], num_bytes: int) -> None:
         for job in jobs:
             job()
         return
-    waiting = iter(jobs)  # one for all threads, so that each job is done once
+    # The last is the caller's own: to wait for a helper is to wait until this thread is woken, too.
+    shared, own = (jobs[:-1], jobs[-1:]) if len(jobs) > 2 else (jobs, [])
+    waiting = iter(shared)  # one for all threads, so that each job is done once
     active: list[None] = []
     ends: SimpleQueue[None] = SimpleQueue()
     errors: list[BaseException] = []
@@ -82,23 +89,24 @@ def _run(jobs: list[_Job], num_bytes: int) -> None:
             active.pop()
             ends.put(None)
 
-    def wait() -> None:
-        while active:  # who has not come by now finds nothing left to do
+    def end() -> None:
+        for _ in waiting:  # not done, after an error
+            pass
+        while active:  # a helper that has not come by now finds nothing to do
             ends.get()
 
-    orders, count = _helpers()
     try:
-        for _ in range(min(count, len(jobs) - 1)):
-            orders.put(help_out)
+        for _ in range(min(_num_threads(num_bytes), len(shared)) - 1):
+            _helpers()[0].put(help_out)
         for job in waiting:
             job()
+        for job in own:
+            job()
     finally:
-        for job in waiting:
-            pass
         try:
-            wait()
+            end()
         finally:
-            wait()  # after a Ctrl-C, too, nothing may be written any more
+            end()  # after a Ctrl-C, too, nothing may be written any more
     if errors:
         raise errors[0]
 
@@ -107,7 +115,7 @@ def _tokens_of_a_job(layout: Layout, num_bytes: int) -> int:
     """Tokens in whole blocks, whose K or V in one layer a thread copies at once, if it copies ``num_bytes`` in all."""
     share = _LARGEST_JOB
     if num_bytes >= _SHARED_BYTES:
-        share = min(share, num_bytes // (_helpers()[1] + 1))
+        share = min(share, num_bytes // _num_threads(num_bytes)) - _HEAD_START
     return -(-2 * share // (layout.token_bytes * layout.block_size)) * layout.block_size
 
 

@@ -28,6 +28,7 @@ def everything_is_much():
         patch.setattr(backend, "EMULATE", False)
         patch.setattr(numpy_backend, "_MANY_TOKENS", 4)
         patch.setattr(numpy_backend, "_SHARED_BYTES", 300)
+        patch.setattr(numpy_backend, "_HEAD_START", 20)
         patch.setattr(numpy_backend, "_LARGEST_JOB", 200)
         patch.setattr(numpy_backend, "_MANY_ITEMS", 3)
         patch.setattr(numpy_backend, "_WORTHWHILE_TOKENS", 1)
@@ -144,9 +145,11 @@ def test_strided_outputs(rng):
 
 
 def test_helpers_take_part():
-    """With a job for each, all threads have to be at work at once for any to go on."""
+    """With a job for each, all threads have to be at work at once for any to go on; the last job is nobody's else."""
     meeting = threading.Barrier(4, timeout=20)
-    numpy_backend._run([meeting.wait] * 4, 300)
+    doers = []
+    numpy_backend._run([meeting.wait] * 4 + [lambda: doers.append(threading.current_thread())], 10**6)
+    assert doers == [threading.current_thread()]
 
 
 def test_an_error_is_raised_once_nothing_runs_any_more():
@@ -160,9 +163,9 @@ def test_an_error_is_raised_once_nothing_runs_any_more():
         time.sleep(0.05)
         running.pop()
 
-    for jobs in ([slow, fails, slow, slow], [fails, slow, slow, slow]):
+    for jobs in ([slow, fails, slow, slow], [fails, slow, slow, slow], [slow, slow, slow, fails]):
         with pytest.raises(MemoryError, match="no room"):
-            numpy_backend._run(jobs, 300)
+            numpy_backend._run(jobs, 10**6)
         assert not running
 
 
@@ -180,7 +183,7 @@ def job():
         ended.append(1)
 threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
-    numpy_backend._run([job] * 3, 10**9)
+    numpy_backend._run([job] * 3 + [lambda: None], 10**9)
 except KeyboardInterrupt:
     print("interrupted, with", len(ended), "helpers at their end")
 """
@@ -212,7 +215,7 @@ import os, numpy as np
 import cupy_pagedkv.numpy_backend as numpy_backend
 from cupy_pagedkv import reshape_and_cache
 os.sched_getaffinity = lambda pid: range(2)
-numpy_backend._SHARED_BYTES = 1
+numpy_backend._SHARED_BYTES, numpy_backend._HEAD_START = 1, 0
 pools, key = np.zeros((2, 8, 4, 1, 8), np.int8), np.ones((32, 1, 8), np.int8)
 reshape_and_cache(key, key, *pools, np.arange(32))
 child = os.fork()
