@@ -12,7 +12,7 @@ import numpy as np
 
 from .dtypes import as_dtype
 
-__all__ = ["Form", "Layout", "Pools", "layout_of", "pools_of"]
+__all__ = ["Form", "Items", "Layout", "Pools", "layout_of", "pools_of"]
 
 _Ints = tuple[int, ...]
 _REMEMBERED = 4096
@@ -24,6 +24,13 @@ class Form(NamedTuple):
     shape: _Ints
     strides: _Ints
     dtype: np.dtype[Any]
+
+
+class Items(NamedTuple):
+    """What can be copied as one, whatever it consists of."""
+
+    token: np.dtype[Any]
+    block: np.dtype[Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +55,9 @@ class Layout(Pools):
     """Of K and V together, in one layer."""
     plain: bool
     """Whether no array has an axis of layers, and no item fields."""
-    k_row: np.dtype[Any] | None
-    """K of a token in one layer as one opaque item; None where tokens or slots do not lie one after the other."""
-    v_row: np.dtype[Any] | None
+    k_items: Items | None
+    """K in one layer as opaque items; None where tokens or slots do not lie one after the other."""
+    v_items: Items | None
 
 
 def layout_of(names: tuple[str, str], key: Any, value: Any, k_cache: Any, v_cache: Any) -> Layout:
@@ -104,8 +111,8 @@ def _layout_of(
         num_tokens=key.shape[1],
         token_bytes=token_bytes,
         plain=plain,
-        k_row=_row(key, pools.k_cache),
-        v_row=_row(value, pools.v_cache),
+        k_items=_items(key, pools.k_cache),
+        v_items=_items(value, pools.v_cache),
     )
 
 
@@ -152,14 +159,15 @@ def _check_tokens(
         raise TypeError(f"{name} must have the dtype of {pool_name}, {pool_dtype}, got {dtype}")
 
 
-def _row(tokens: Form, pool: Form) -> np.dtype[Any] | None:
+def _items(tokens: Form, pool: Form) -> Items | None:
     for form in (tokens, pool):
         step = form.dtype.itemsize
         for size, stride in zip(form.shape[:0:-1], form.strides[:0:-1], strict=True):  # without the axis of layers
             if size != 1 and stride != step:
                 return None
             step *= size
-    return np.dtype((np.void, pool.shape[-2] * pool.shape[-1] * pool.dtype.itemsize))
+    num_bytes = pool.shape[-2] * pool.shape[-1] * pool.dtype.itemsize
+    return Items(np.dtype((np.void, num_bytes)), np.dtype((np.void, pool.shape[-3] * num_bytes)))
 
 
 def _with_layers(ndim: int, shape: _Ints, strides: _Ints, dtype: np.dtype[Any]) -> Form:

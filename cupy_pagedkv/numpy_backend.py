@@ -15,14 +15,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from .layout import Layout, Pools
+from .layout import Items, Layout, Pools
 
 __all__ = ["HostArrays", "HostStaging", "NumpyBackend"]
 
 _Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 _Job: TypeAlias = Callable[[], object]
-_Tensor: TypeAlias = tuple[_Array, _Array, np.dtype[Any] | None]
-"""Tokens ``[num_tokens, heads, dim]``, a pool ``[num_blocks, block_size, heads, dim]``, and a token as one item."""
+_Tensor: TypeAlias = tuple[_Array, _Array, Items | None]
+"""Tokens ``[num_tokens, heads, dim]``, a pool ``[num_blocks, block_size, heads, dim]``, and what they are as one."""
 
 _FEW_TOKENS = 2
 _FEW_SEQUENCES = 4
@@ -121,16 +121,16 @@ def _tokens_of_a_job(layout: Layout, num_bytes: int) -> int:
 
 def _tensors(key: _Array, value: _Array, k_cache: _Array, v_cache: _Array, layout: Layout) -> Sequence[_Tensor]:
     """Those of each layer."""
-    tensors = (key, k_cache, layout.k_row), (value, v_cache, layout.v_row)
+    tensors = (key, k_cache, layout.k_items), (value, v_cache, layout.v_items)
     if layout.plain:
         return tensors
     # NumPy copies structures field by field, and loses what lies between the fields.
     opaque = [
-        (tokens.view(f"V{tokens.itemsize}"), pool.view(f"V{pool.itemsize}"), row) for tokens, pool, row in tensors
+        (tokens.view(f"V{tokens.itemsize}"), pool.view(f"V{pool.itemsize}"), items) for tokens, pool, items in tensors
     ]
     if key.ndim == 3:
         return opaque
-    return [(*layer, row) for tokens, pools, row in opaque for layer in zip(tokens, pools, strict=True)]
+    return [(*layer, items) for tokens, pools, items in opaque for layer in zip(tokens, pools, strict=True)]
 
 
 def _stretches(slots: _Array, block_size: int) -> Iterator[tuple[int, int, bool]]:
@@ -151,10 +151,10 @@ def _stretches(slots: _Array, block_size: int) -> Iterator[tuple[int, int, bool]
     yield from zip(bounds[edges[:-1]].tolist(), bounds[edges[1:]].tolist(), whole[edges[:-1]].tolist(), strict=True)
 
 
-def _write_slots(tokens: _Array, pool: _Array, row: np.dtype[Any] | None, slots: _Array) -> None:
-    if row is not None and len(slots) > _MANY_ITEMS:
+def _write_slots(tokens: _Array, pool: _Array, items: Items | None, slots: _Array) -> None:
+    if items is not None and len(slots) > _MANY_ITEMS:
         # The way with the least around it; a token as one item is copied faster by a sixth than by its elements.
-        pool.ravel().view(row).put(slots, tokens.ravel().view(row), "clip")
+        pool.ravel().view(items.token).put(slots, tokens.ravel().view(items.token), "clip")
         return
     _, block_size, heads, dim = pool.shape
     if pool.strides[0] == block_size * pool.strides[1]:
@@ -163,29 +163,23 @@ def _write_slots(tokens: _Array, pool: _Array, row: np.dtype[Any] | None, slots:
         pool[slots // block_size, slots % block_size] = tokens
 
 
-def _write_blocks(tokens: _Array, pool: _Array, row: np.dtype[Any] | None, blocks: _Array) -> None:
+def _write_blocks(tokens: _Array, pool: _Array, items: Items | None, blocks: _Array) -> None:
     pool[blocks] = tokens.reshape(-1, *pool.shape[1:])
 
 
-def _can_take(pool: _Array, out: _Array) -> bool:
-    """Whether ``pool.take`` writes to ``out`` itself (with mode "clip"), and copies neither of them whole."""
-    return out.flags.carray and pool.flags.c_contiguous and pool.flags.aligned
+def _read_blocks(tokens: _Array, pool: _Array, items: Items | None, blocks: _Array) -> None:
+    if items is None:
+        tokens.reshape(-1, *pool.shape[1:])[...] = pool[blocks]
+    else:  # opaque items are aligned wherever they are; of others that are not, take() would copy the whole pool
+        pool.ravel().view(items.block).take(blocks, 0, tokens.ravel().view(items.block), "clip")
 
 
-def _read_blocks(tokens: _Array, pool: _Array, blocks: _Array) -> None:
-    out = tokens.reshape(-1, *pool.shape[1:])
-    if _can_take(pool, out):
-        pool.take(blocks, 0, out, "clip")
-    else:
-        out[...] = pool[blocks]
-
-
-def _read_slots(tokens: _Array, pool: _Array, blocks: _Array, offsets: _Array) -> None:
-    _, block_size, heads, dim = pool.shape
-    if _can_take(pool, tokens):
-        pool.reshape(-1, heads, dim).take(blocks.astype(np.int64) * block_size + offsets, 0, tokens, "clip")
-    else:
+def _read_slots(tokens: _Array, pool: _Array, items: Items | None, blocks: _Array, offsets: _Array) -> None:
+    if items is None:
         tokens[...] = pool[blocks, offsets]
+    else:
+        slots = blocks.astype(np.int64) * pool.shape[1] + offsets
+        pool.ravel().view(items.token).take(slots, 0, tokens.ravel().view(items.token), "clip")
 
 
 def _places(
@@ -266,11 +260,11 @@ class NumpyBackend(HostArrays):
             if len(written) and written[-1] == len(written) - 1:
                 written = slice(len(written))  # all padding is at the end, and nothing has to be copied twice
             slot_mapping = slot_mapping[written]
-            tensors = [(tokens[written], pool, row) for tokens, pool, row in tensors]
+            tensors = [(tokens[written], pool, items) for tokens, pool, items in tensors]
         num_bytes = len(slot_mapping) * layout.token_bytes * layout.num_layers
         if num_bytes < _SHARED_BYTES:
-            for tokens, pool, row in tensors:
-                _write_slots(tokens, pool, row, slot_mapping)
+            for tokens, pool, items in tensors:
+                _write_slots(tokens, pool, items, slot_mapping)
             return
         step = _tokens_of_a_job(layout, num_bytes)
         jobs: list[_Job] = []
@@ -280,7 +274,7 @@ class NumpyBackend(HostArrays):
                 piece = slice(start, min(start + step, last))
                 slots = slot_mapping[piece]
                 write, index = (_write_blocks, slots[::block_size] // block_size) if whole else (_write_slots, slots)
-                jobs += [functools.partial(write, tokens[piece], pool, row, index) for tokens, pool, row in tensors]
+                jobs += [functools.partial(write, tokens[piece], pool, items, index) for tokens, pool, items in tensors]
         _run(jobs, num_bytes)
 
     def gather_cache(
@@ -304,8 +298,8 @@ class NumpyBackend(HostArrays):
             blocks, offsets = _places(block_tables, seq_lens, seq_starts, num_rows, block_size)
             _run(
                 [
-                    functools.partial(_read_slots, tokens[:num_rows], pool, blocks, offsets)
-                    for tokens, pool, _ in tensors
+                    functools.partial(_read_slots, tokens[:num_rows], pool, items, blocks, offsets)
+                    for tokens, pool, items in tensors
                 ],
                 num_bytes,
             )
@@ -313,7 +307,7 @@ class NumpyBackend(HostArrays):
         step = _tokens_of_a_job(layout, num_bytes)
         starts = None if seq_starts is None else seq_starts.tolist()
         jobs: list[_Job] = []
-        row = 0
+        first = 0
         for i, end in enumerate(seq_lens.tolist()):
             start = 0 if starts is None else starts[i]
             while start < end:
@@ -323,15 +317,14 @@ class NumpyBackend(HostArrays):
                     count = min(block_size - offset, end - start)
                     place = block_tables.item(i, column), slice(offset, offset + count)
                     for tokens, pool, _ in tensors:
-                        tokens[row : row + count] = pool[place]
+                        tokens[first : first + count] = pool[place]
                 else:
                     count = min(whole * block_size, step)
                     blocks = block_tables[i, column : column + count // block_size]
-                    jobs += [
-                        functools.partial(_read_blocks, tokens[row : row + count], pool, blocks)
-                        for tokens, pool, _ in tensors
-                    ]
-                row += count
+                    piece = slice(first, first + count)
+                    for tokens, pool, items in tensors:
+                        jobs.append(functools.partial(_read_blocks, tokens[piece], pool, items, blocks))
+                first += count
                 start += count
         _run(jobs, num_bytes)
 

@@ -107,12 +107,12 @@ def gather_cache(
     """
     if out is None:
         backend = backend_of(_POOLS, k_cache, v_cache)
-        pools_of(k_cache, v_cache)
+        pools = pools_of(k_cache, v_cache)
     else:
         if not (isinstance(out, tuple) and len(out) == 2):
             raise TypeError(f"out must be a tuple (key, value), got {type(out).__name__} {out!r:.40}")
         backend = backend_of(_GATHERED, *out, k_cache, v_cache)
-        layout = layout_of(_OUT, *out, k_cache, v_cache)
+        pools = layout = layout_of(_OUT, *out, k_cache, v_cache)
         _check_writeable(_OUT, *out)
     tables = _indices("block_tables", block_tables, 2, backend, k_cache)
     lens = _indices("seq_lens", seq_lens, 1, backend, k_cache)
@@ -130,14 +130,13 @@ def gather_cache(
             "to keep them on the GPU, give out=(key, value)"
         )
     if on_host or devices.DEBUG:
-        num_blocks, block_size = k_cache.shape[-4:-2]
         host_lens = _asnumpy(lens, backend)
         host_starts = None if starts is None else _asnumpy(starts, backend)
-        total = _check_lengths(host_lens, host_starts, tables.shape[1] * block_size)
+        total = _check_lengths(host_lens, host_starts, tables.shape[1] * pools.block_size)
         if out is not None and total > num_rows:
             raise ValueError(f"out has {num_rows} rows, but the sequences have {total} tokens to copy")
         if backend.checks_indices or devices.DEBUG:
-            _check_blocks(_asnumpy(tables, backend), host_lens, host_starts, num_blocks, block_size)
+            _check_blocks(_asnumpy(tables, backend), host_lens, host_starts, pools.num_blocks, pools.block_size)
         num_rows = total
 
     if out is None:
