@@ -152,7 +152,7 @@ def _stretches(slots: _Array, block_size: int) -> Iterator[tuple[int, int, bool]
 
 
 def _write_slots(tokens: _Array, pool: _Array, items: Items | None, slots: _Array) -> None:
-    if items is not None and len(slots) > _MANY_ITEMS:
+    if items is not None:
         # The way with the least around it; a token as one item is copied faster by a sixth than by its elements.
         pool.ravel().view(items.token).put(slots, tokens.ravel().view(items.token), "clip")
         return
@@ -163,7 +163,7 @@ def _write_slots(tokens: _Array, pool: _Array, items: Items | None, slots: _Arra
         pool[slots // block_size, slots % block_size] = tokens
 
 
-def _write_blocks(tokens: _Array, pool: _Array, items: Items | None, blocks: _Array) -> None:
+def _write_blocks(tokens: _Array, pool: _Array, blocks: _Array) -> None:
     pool[blocks] = tokens.reshape(-1, *pool.shape[1:])
 
 
@@ -273,8 +273,14 @@ class NumpyBackend(HostArrays):
             for start in range(first, last, step):
                 piece = slice(start, min(start + step, last))
                 slots = slot_mapping[piece]
-                write, index = (_write_blocks, slots[::block_size] // block_size) if whole else (_write_slots, slots)
-                jobs += [functools.partial(write, tokens[piece], pool, items, index) for tokens, pool, items in tensors]
+                blocks = slots[::block_size] // block_size
+                opaque = len(slots) > _MANY_ITEMS
+                for tokens, pool, items in tensors:
+                    jobs.append(
+                        functools.partial(_write_blocks, tokens[piece], pool, blocks)
+                        if whole
+                        else functools.partial(_write_slots, tokens[piece], pool, items if opaque else None, slots)
+                    )
         _run(jobs, num_bytes)
 
     def gather_cache(

@@ -69,6 +69,30 @@ def test_any_mixture_of_whole_blocks_and_other_slots(data):
     scatter_and_compare(rng, layout, block_size, dtype, slots, step)
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+def test_an_axis_of_one_has_any_stride(rng, offset):
+    """It is in nobody's way; nor are items at odd addresses."""
+    shape, strides = (6, 4, 1, 8), (64, 16, 1000, 2)
+    before = oracle.random_bytes(rng, 6 * 64 + offset)
+    for num_tokens in (1, 5, 20):
+        key = oracle.random_array(rng, (num_tokens, 1, 8), np.float16)
+        odd = np.lib.stride_tricks.as_strided(key, key.shape, (16, 6, 2) if num_tokens > 1 else (6, 1000, 2))
+        slots = rng.permutation(24)[:num_tokens]
+        buffer, expected = before.copy(), before.copy()
+        pool, expected_pool = (
+            np.lib.stride_tricks.as_strided(memory[offset:].view(np.float16), shape, strides)
+            for memory in (buffer, expected)
+        )
+        reshape_and_cache(odd, odd, pool, pool, slots)
+        oracle.scatter(key, expected_pool, slots)
+        assert np.array_equal(buffer, expected)
+        out = np.zeros((2, 20 * 16 + offset), np.uint8)
+        pair = [np.lib.stride_tricks.as_strided(m[offset:].view(np.float16), (20, 1, 8), (16, 6, 2)) for m in out]
+        gather_cache(pool, pool, [[3, 0, 5, 1, 2]], [20], out=(pair[0], pair[1]))
+        rows = oracle.gather(pool, np.array([[3, 0, 5, 1, 2]]), [20], [0])
+        assert all(m[offset:].tobytes() == rows.tobytes() for m in out)
+
+
 def test_what_counts_as_a_whole_block():
     def stretches(*slots: int) -> list[tuple[int, int, bool]]:
         return list(numpy_backend._stretches(np.array(slots), 4))
