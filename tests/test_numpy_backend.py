@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ml_dtypes
@@ -191,6 +192,45 @@ def test_an_error_is_raised_once_nothing_runs_any_more():
         with pytest.raises(MemoryError, match="no room"):
             numpy_backend._run(jobs, 10**6)
         assert not running
+
+
+def test_after_an_error_no_job_is_begun():
+    begun = []
+
+    def fails() -> None:
+        raise MemoryError("no room")
+
+    def slow() -> None:
+        begun.append(1)
+        time.sleep(0.02)
+
+    with pytest.raises(MemoryError, match="no room"):
+        numpy_backend._run([fails] + [slow] * 60, 10**6)
+    assert len(begun) < 30
+
+
+def test_callers_on_many_threads_share_the_helpers(rng):
+    """Each gets its own tokens back, and an error of one is nobody else's."""
+    size, views = oracle.pools("NHD", 64, 4, 2, 6, np.float16)
+    k_cache, v_cache = views(oracle.random_bytes(rng, size))
+    refused = []
+
+    def work(number: int) -> None:
+        generator = np.random.default_rng(number)
+        for _ in range(100):
+            blocks = number * 16 + generator.permutation(16)
+            slots = (blocks[:, None] * 4 + np.arange(4)).ravel()
+            key, value = oracle.random_array(generator, (2, 64, 2, 6), np.float16)
+            reshape_and_cache(key, value, k_cache, v_cache, slots)
+            got = gather_cache(k_cache, v_cache, blocks[None], [64])
+            assert [array.tobytes() for array in got] == [key.tobytes(), value.tobytes()]
+            with pytest.raises(IndexError):
+                reshape_and_cache(key, value, k_cache, v_cache, slots + 256)
+            refused.append(number)
+
+    with ThreadPoolExecutor(4) as callers:
+        list(callers.map(work, range(4)))
+    assert len(refused) == 400
 
 
 def test_an_interrupt_leaves_nobody_writing():
