@@ -1021,9 +1021,9 @@ def main() -> int:
         for line in chore_lines(managed()):
             print(line, flush=True)
         print()
-    if place.name != "emulated":  # whose speed nobody should care about
-        for line in (*bars(rows, xp is not np), *chore_bars(done)):
-            print(line)
+    of_operations = bars(rows, xp is not np) if place.name != "emulated" else ()  # which is not meant to be fast
+    for line in (*of_operations, *chore_bars(done)):
+        print(line)
     if options.json:
         measurements = {"rows": [asdict(row) for row in rows], "manager": [asdict(chore) for chore in done]}
         Path(options.json).write_text(json.dumps({"machine": facts, **measurements}, indent=1))
