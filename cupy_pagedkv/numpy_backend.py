@@ -1,8 +1,9 @@
 """The NumPy backend: the fallback where there is no GPU, and the oracle that the kernels are tested against.
 
 The floor is ``np.copyto`` of the same bytes. A few tokens are assigned one by one, since making the arrays of an
-indexing call takes longer than that. Of many, whole blocks are copied as wholes, and pieces of the work go to several
-threads: NumPy lets go of the interpreter while it copies, and one core does not saturate the memory of most machines.
+indexing call takes longer than that. More are copied as opaque items, of a token or of a block, where these lie in one
+piece. Much is shared among threads: NumPy lets go of the interpreter while it copies, and one core does not saturate
+the memory of most machines.
 """
 
 import functools
