@@ -223,11 +223,10 @@ def _check_writeable(names: tuple[str, str], a: Array, b: Array) -> None:
         raise ValueError(f"{names[a.flags.writeable]} must be writeable, got a read-only array")
 
 
-def _range(indices: npt.NDArray[Any]) -> tuple[int, int]:
-    """The least and the greatest; 0 and 0 of none."""
-    if indices.size == 0:
-        return 0, 0
-    return indices.item(indices.argmin()), indices.item(indices.argmax())  # in a fifth of the time of min() and max()
+def _all_below(end: int, indices: npt.NDArray[Any]) -> bool:
+    """Whether all are in 0 … ``end`` − 1."""
+    unsigned = indices.view(np.uint64 if indices.itemsize == 8 else np.uint32)  # negative numbers become the greatest
+    return indices.size == 0 or unsigned.item(unsigned.argmax()) < end  # in a fifth of the time of max()
 
 
 def _check_slots(slots: npt.NDArray[Any], num_slots: int) -> None:
@@ -244,10 +243,8 @@ def _check_slots(slots: npt.NDArray[Any], num_slots: int) -> None:
 
 def _check_lengths(lens: npt.NDArray[Any], starts: npt.NDArray[Any] | None, capacity: int) -> int:
     """The number of tokens to copy, if every sequence fits its row of the table."""
-    if starts is None:
-        least, greatest = _range(lens)
-        if least >= 0 and greatest <= capacity:
-            return sum(lens.tolist())
+    if starts is None and _all_below(capacity + 1, lens):
+        return sum(lens.tolist())
     starts = np.zeros_like(lens) if starts is None else starts
     wrong = (starts < 0) | (lens < starts) | (lens > capacity)
     if wrong.any():
@@ -266,8 +263,7 @@ def _check_blocks(
     num_blocks: int,
     block_size: int,
 ) -> None:
-    least, greatest = _range(tables)
-    if least >= 0 and greatest < num_blocks:
+    if _all_below(num_blocks, tables):
         return
     # Some entry is no block of the pool, which is as it should be where no sequence needs it.
     starts = np.zeros_like(lens) if starts is None else starts
@@ -284,8 +280,7 @@ def _check_blocks(
 
 def _check_pairs(src: npt.NDArray[Any], dst: npt.NDArray[Any], num_blocks: int) -> None:
     for name, blocks in (("src", src), ("dst", dst)):
-        least, greatest = _range(blocks)
-        if least < 0 or greatest >= num_blocks:
+        if not _all_below(num_blocks, blocks):
             i = int(np.argmax((blocks < 0) | (blocks >= num_blocks)))
             raise IndexError(f"{name}[{i}] is {blocks[i]}, but the pool has blocks 0 to {num_blocks - 1}")
     if devices.DEBUG:
