@@ -27,7 +27,7 @@ class Form(NamedTuple):
 
 
 class Items(NamedTuple):
-    """What can be copied as one, whatever it consists of."""
+    """Void dtypes of the size of a token and of a block: what can be copied as one, whatever it consists of."""
 
     token: np.dtype[Any]
     block: np.dtype[Any]
@@ -167,6 +167,8 @@ def _items(tokens: Form, pool: Form) -> Items | None:
                 return None
             step *= size
     num_bytes = pool.shape[-2] * pool.shape[-1] * pool.dtype.itemsize
+    if pool.shape[-3] * num_bytes >= 2**31:  # more than NumPy's items have
+        return None
     return Items(np.dtype((np.void, num_bytes)), np.dtype((np.void, pool.shape[-3] * num_bytes)))
 
 

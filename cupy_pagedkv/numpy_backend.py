@@ -8,6 +8,7 @@ the memory of most machines.
 
 import functools
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -28,41 +29,54 @@ _Tensor: TypeAlias = tuple[_Array, _Array, Items | None]
 _FEW_TOKENS = 2
 _FEW_SEQUENCES = 4
 _WORTHWHILE_TOKENS = 128  # of a stretch, or of a sequence, that is copied on its own
-_MANY_ITEMS = 500  # NumPy lets go of the interpreter for more items than these
+_MANY_ITEMS = 500  # NumPy lets go of the interpreter for more opaque items than these
+_FEW_BYTES = 2**18  # that take no longer than other threads can wait for the interpreter
+_SMALL_ITEM = 32  # bytes; smaller ones are assigned faster than put
 _MANY_TOKENS = 2**14  # from here on it pays to look for whole blocks
 _SHARED_BYTES = 2**22  # from here on several threads: waking one and waiting for it is like copying 1 MB
 _HEAD_START = 2**19  # bytes that the caller copies while a helper wakes up
-_LARGEST_JOB = 2**23  # bytes; a thread that is held up holds up no more than this
+_LARGEST_JOB = 2**23  # bytes; a thread that is held up holds up little more than this
 _MAX_THREADS = 8
 
 
-@functools.cache
-def _helpers() -> tuple["SimpleQueue[_Job]", int]:
-    """A queue, and how many threads do what is put there.
+class _Helpers:
+    """Threads that do what is put into ``orders``, started when they are first counted.
 
     Bare, since futures take 0.1 to 0.2 ms a call, in which a core copies 1 to 2 MB.
     """
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    orders: SimpleQueue[_Job] = SimpleQueue()
 
-    def obey() -> None:
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """As if none had been started, which is so in the child of a fork."""
+        self.orders: SimpleQueue[_Job] = SimpleQueue()
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def count(self) -> int:
+        """How many there are beside the caller."""
+        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        wanted = min(available, _MAX_THREADS) - 1
+        with self._lock, suppress(RuntimeError):  # no more threads are to be had
+            while self._count < wanted and not sys.is_finalizing():
+                threading.Thread(target=self._obey, name=f"cupy_pagedkv_{self._count}", daemon=True).start()
+                self._count += 1
+        return min(self._count, wanted)
+
+    def _obey(self) -> None:
+        orders = self.orders
         while True:
             orders.get()()
 
-    count = 0
-    with suppress(RuntimeError):  # a process that is ending starts no threads
-        while count < min(available, _MAX_THREADS) - 1:
-            threading.Thread(target=obey, name=f"cupy_pagedkv_{count}", daemon=True).start()
-            count += 1
-    return orders, count
 
-
+_helpers = _Helpers()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_helpers.cache_clear)  # a child has none of its parent's threads
+    os.register_at_fork(after_in_child=_helpers.reset)
 
 
 def _num_threads(num_bytes: int) -> int:
-    return min(_helpers()[1] + 1, 2 * num_bytes // _SHARED_BYTES)
+    return min(_helpers.count() + 1, 2 * num_bytes // _SHARED_BYTES)
 
 
 def _run(jobs: list[_Job], num_bytes: int) -> None:
@@ -79,37 +93,47 @@ def _run(jobs: list[_Job], num_bytes: int) -> None:
     ends: SimpleQueue[None] = SimpleQueue()
     errors: list[BaseException] = []
 
+    def work() -> None:
+        for job in waiting:
+            job()
+
+    def drop() -> None:
+        for _ in waiting:
+            pass
+
     def help_out() -> None:
         active.append(None)
         try:
-            for job in waiting:
-                job()
+            work()
         except BaseException as error:
+            drop()
             errors.append(error)
         finally:
             active.pop()
             ends.put(None)
 
-    def end() -> None:
-        for _ in waiting:  # not done, after an error
-            pass
-        while active:  # a helper that has not come by now finds nothing to do
-            ends.get()
-
     try:
         for _ in range(min(_num_threads(num_bytes), len(shared)) - 1):
-            _helpers()[0].put(help_out)
-        for job in waiting:
-            job()
+            _helpers.orders.put(help_out)
+        work()
         for job in own:
             job()
-    finally:
+    except BaseException as error:
+        errors.insert(0, error)
+    while True:
         try:
-            end()
-        finally:
-            end()  # after a Ctrl-C, too, nothing may be written any more
+            if errors:
+                drop()
+            while active:  # a helper that has not come by now finds nothing to do
+                ends.get()
+            break
+        except BaseException as error:  # after a second Ctrl-C, too, nothing may be written any more
+            errors.insert(0, error)
     if errors:
-        raise errors[0]
+        try:
+            raise errors[0]
+        finally:
+            errors.clear()  # or the error keeps this frame, and this frame the error, and both the arrays
 
 
 def _tokens_of_a_job(layout: Layout, num_bytes: int) -> int:
@@ -153,9 +177,12 @@ def _stretches(slots: _Array, block_size: int) -> Iterator[tuple[int, int, bool]
 
 
 def _write_slots(tokens: _Array, pool: _Array, items: Items | None, slots: _Array) -> None:
-    if items is not None:
-        # The way with the least around it; a token as one item is copied faster by a sixth than by its elements.
-        pool.ravel().view(items.token).put(slots, tokens.ravel().view(items.token), "clip")
+    if items is not None and (len(slots) > _MANY_ITEMS or tokens.nbytes <= _FEW_BYTES):
+        source, target = tokens.ravel().view(items.token), pool.ravel().view(items.token)
+        if items.token.itemsize < _SMALL_ITEM or not source.flags.writeable:  # put() copies what is read-only
+            target[slots] = source
+        else:
+            target.put(slots, source, "clip")  # there is nothing to clip: all slots have been checked
         return
     _, block_size, heads, dim = pool.shape
     if pool.strides[0] == block_size * pool.strides[1]:
@@ -274,14 +301,12 @@ class NumpyBackend(HostArrays):
             for start in range(first, last, step):
                 piece = slice(start, min(start + step, last))
                 slots = slot_mapping[piece]
-                blocks = slots[::block_size] // block_size
-                opaque = len(slots) > _MANY_ITEMS
+                blocks = slots[::block_size] // block_size if whole else None
                 for tokens, pool, items in tensors:
-                    jobs.append(
-                        functools.partial(_write_blocks, tokens[piece], pool, blocks)
-                        if whole
-                        else functools.partial(_write_slots, tokens[piece], pool, items if opaque else None, slots)
-                    )
+                    if blocks is not None:
+                        jobs.append(functools.partial(_write_blocks, tokens[piece], pool, blocks))
+                    else:
+                        jobs.append(functools.partial(_write_slots, tokens[piece], pool, items, slots))
         _run(jobs, num_bytes)
 
     def gather_cache(

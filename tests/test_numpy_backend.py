@@ -1,11 +1,15 @@
 """The NumPy backend's ways of copying much at once: whole blocks, and several threads."""
 
+import functools
+import gc
 import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import ml_dtypes
@@ -32,11 +36,12 @@ def everything_is_much():
         patch.setattr(numpy_backend, "_HEAD_START", 20)
         patch.setattr(numpy_backend, "_LARGEST_JOB", 200)
         patch.setattr(numpy_backend, "_MANY_ITEMS", 3)
+        patch.setattr(numpy_backend, "_FEW_BYTES", 0)
         patch.setattr(numpy_backend, "_WORTHWHILE_TOKENS", 1)
         patch.setattr(os, "sched_getaffinity", lambda pid: range(4))
-        numpy_backend._helpers.cache_clear()
+        numpy_backend._helpers.reset()
         yield
-    numpy_backend._helpers.cache_clear()
+    numpy_backend._helpers.reset()
 
 
 def scatter_and_compare(rng: Any, layout: str, block_size: int, dtype: Any, slots: Any, step: int = 1) -> None:
@@ -92,6 +97,15 @@ def test_an_axis_of_one_has_any_stride(rng, offset):
         gather_cache(pool, pool, [[3, 0, 5, 1, 2]], [20], out=(pair[0], pair[1]))
         rows = oracle.gather(pool, np.array([[3, 0, 5, 1, 2]]), [20], [0])
         assert all(m[offset:].tobytes() == rows.tobytes() for m in out)
+
+
+def test_negative_lengths_of_32_bits_are_below_no_capacity():
+    """As unsigned numbers they are below 2**32, which is what these tables have blocks for."""
+    pool, tables = np.zeros((1, 2**20, 1, 1), np.int8), np.zeros((2, 2**12), np.int32)
+    out = np.ones((2, 8, 1, 1), np.int8)
+    with pytest.raises(ValueError, match="sequence 0 has seq_starts 0 and seq_lens -1"):
+        gather_cache(pool, pool, tables, np.array([-1, 5], np.int32), out=(out[0], out[1]))
+    assert out.all()
 
 
 def test_what_counts_as_a_whole_block():
@@ -194,19 +208,76 @@ def test_an_error_is_raised_once_nothing_runs_any_more():
         assert not running
 
 
-def test_after_an_error_no_job_is_begun():
+@pytest.mark.parametrize("fails_in", ["the caller", "a helper"])
+def test_after_an_error_no_job_is_begun(fails_in):
     begun = []
 
-    def fails() -> None:
-        raise MemoryError("no room")
-
-    def slow() -> None:
+    def job() -> None:
         begun.append(1)
+        if (threading.current_thread() is threading.main_thread()) == (fails_in == "the caller"):
+            raise MemoryError("no room")
         time.sleep(0.02)
 
     with pytest.raises(MemoryError, match="no room"):
-        numpy_backend._run([fails] + [slow] * 60, 10**6)
-    assert len(begun) < 30
+        numpy_backend._run([job] * 60, 10**6)
+    at_once = len(begun)
+    time.sleep(0.1)
+    assert len(begun) == at_once < 30
+
+
+def test_nothing_keeps_the_arrays_of_an_error():
+    class Tokens:
+        pass
+
+    def job(tokens: Tokens) -> None:
+        time.sleep(0.01)
+        if threading.current_thread() is not threading.main_thread():
+            raise MemoryError("no room")
+
+    tokens = Tokens()
+    alive = weakref.ref(tokens)
+    gc.disable()
+    try:
+        with suppress(MemoryError):
+            numpy_backend._run([functools.partial(job, tokens)] * 8, 10**6)
+        del tokens
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_first_callers_start_each_helper_once():
+    numpy_backend._helpers.reset()
+    before = set(threading.enumerate())
+    meeting = threading.Barrier(8, timeout=20)
+
+    def first(_: int) -> int:
+        meeting.wait()
+        return numpy_backend._helpers.count()
+
+    with ThreadPoolExecutor(8) as callers:
+        assert list(callers.map(first, range(8))) == [3] * 8
+    assert sum(thread.name.startswith("cupy_pagedkv") for thread in set(threading.enumerate()) - before) == 3
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+@pytest.mark.parametrize("dim", [3, 40])
+def test_read_only_tokens_of_any_size(rng, read_only, dim):
+    pool, expected = np.zeros((2, 12, 4, 1, dim), np.uint8)
+    key = oracle.random_bytes(rng, 30 * dim).reshape(30, 1, dim)
+    key.flags.writeable = not read_only
+    slots = rng.permutation(48)[:30]
+    reshape_and_cache(key, key, pool, pool, slots)
+    oracle.scatter(key, expected, slots)
+    assert np.array_equal(pool, expected)
+
+
+def test_a_block_of_two_gibibytes():
+    pools = np.zeros((2, 1, 2**31, 1, 1), np.int8)
+    key = np.array([[[1]], [[2]], [[3]]], np.int8)
+    reshape_and_cache(key, key, pools[0], pools[1], [5, 2**31 - 1, 6])
+    for array in gather_cache(pools[0], pools[1], [[0]], [2**31], seq_starts=[2**31 - 1]):
+        assert array.tobytes() == b"\x02"
 
 
 def test_callers_on_many_threads_share_the_helpers(rng):
@@ -256,19 +327,24 @@ except KeyboardInterrupt:
 
 
 def test_a_process_that_is_ending_does_without_helpers():
+    """Once the interpreter takes itself apart, a thread that is started never runs."""
     program = """
-import threading, time
 import numpy as np
+import cupy_pagedkv.numpy_backend as numpy_backend
 from cupy_pagedkv import reshape_and_cache
-def late():
-    threading.main_thread().join()
-    pools, key = np.zeros((2, 1024, 16, 8, 128), np.float16), np.ones((16384, 8, 128), np.float16)
-    reshape_and_cache(key, key, *pools, np.arange(16384))
-    print(pools.all())
-threading.Thread(target=late).start()
+class Late:
+    def __init__(self):
+        self.pools, self.key = np.zeros((2, 1024, 16, 8, 128), np.float16), np.ones((16384, 8, 128), np.float16)
+        self.arguments = self.key, self.key, *self.pools, np.arange(16384)
+        self.write, self.helpers, self.print = reshape_and_cache, numpy_backend._helpers, print
+    def __del__(self):
+        self.write(*self.arguments)
+        ones = self.key[0, 0, :1].tobytes() * self.pools.size
+        self.print(self.pools.tobytes() == ones, self.helpers._count, flush=True)
+late = Late()
 """
     run = subprocess.run([sys.executable, "-c", program], check=True, timeout=60, capture_output=True, text=True)
-    assert run.stdout == "True\n"
+    assert run.stdout == "True 0\n"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
@@ -285,8 +361,9 @@ reshape_and_cache(key, key, *pools, np.arange(32))
 child = os.fork()
 if child == 0:
     pools[...] = 0
+    inherited = numpy_backend._helpers._count
     reshape_and_cache(key, key, *pools, np.arange(32))
-    os._exit(0 if pools.all() else 1)
+    os._exit(0 if pools.all() and (inherited, numpy_backend._helpers._count) == (0, 1) else 1)
 assert os.waitpid(child, 0)[1] == 0
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
