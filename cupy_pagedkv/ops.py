@@ -190,8 +190,11 @@ def copy_blocks(k_cache: Array, v_cache: Array, src: IndexArray, dst: IndexArray
 
 def _indices(name: str, values: IndexArray, ndim: int, backend: Backend, pool: Array) -> Array:
     """``values`` as an array of int32 or int64: as it is where the pools are, else a NumPy array."""
-    if isinstance(values, backend.ndarray):
-        array: Any = values
+    array: Any
+    if isinstance(values, np.ndarray):
+        array = np.asarray(values)  # of a masked array all it holds: where a slot is hidden, a token would go astray
+    elif isinstance(values, backend.ndarray):
+        array = values
         if not backend.same_device(array, pool):
             raise ValueError(f"{name} must be where the pools are, on {pool.device}, got one on {array.device}")
     else:
@@ -201,7 +204,7 @@ def _indices(name: str, values: IndexArray, ndim: int, backend: Backend, pool: A
             raise type(error)(
                 f"{name} must be a list (rows of one length), a NumPy array or an array where the pools are: {error}"
             ) from None
-        if array.size == 0 and not isinstance(values, np.ndarray):  # an empty list came out as float64 [0]
+        if array.size == 0:  # an empty list came out as float64 [0]
             array = array.astype(np.int64).reshape(array.shape if array.ndim == ndim else (0,) * ndim)
     if array.dtype not in _INDEX_DTYPES:
         raise TypeError(f"{name} must be int32 or int64, got {array.dtype}")

@@ -108,6 +108,14 @@ def test_negative_lengths_of_32_bits_are_below_no_capacity():
     assert out.all()
 
 
+def test_a_mask_hides_no_slot():
+    pool, key = np.zeros((3, 4, 1, 8), np.int8), np.ones((5, 1, 8), np.int8)
+    slots = np.ma.array([1, 2, 5000, 3, 4], mask=[0, 0, 1, 0, 0])
+    with pytest.raises(IndexError, match=r"slot_mapping\[2\] is 5000"):
+        reshape_and_cache(key, key, pool, pool, slots)
+    assert not pool.any()
+
+
 def test_what_counts_as_a_whole_block():
     def stretches(*slots: int) -> list[tuple[int, int, bool]]:
         return list(numpy_backend._stretches(np.array(slots), 4))
