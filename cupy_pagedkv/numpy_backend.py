@@ -60,14 +60,15 @@ class _Helpers:
         wanted = min(available, _MAX_THREADS) - 1
         with self._lock, suppress(RuntimeError):  # no more threads are to be had
             while self._count < wanted and not sys.is_finalizing():
-                threading.Thread(target=self._obey, name=f"cupy_pagedkv_{self._count}", daemon=True).start()
+                name = f"cupy_pagedkv_{self._count}"
+                threading.Thread(target=_obey, args=(self.orders,), name=name, daemon=True).start()
                 self._count += 1
         return min(self._count, wanted)
 
-    def _obey(self) -> None:
-        orders = self.orders
-        while True:
-            orders.get()()
+
+def _obey(orders: "SimpleQueue[_Job]") -> None:
+    while True:
+        orders.get()()
 
 
 _helpers = _Helpers()
