@@ -192,8 +192,9 @@ def _write_slots(tokens: _Array, pool: _Array, items: Items | None, slots: _Arra
         pool[slots // block_size, slots % block_size] = tokens
 
 
-def _write_blocks(tokens: _Array, pool: _Array, blocks: _Array) -> None:
-    pool[blocks] = tokens.reshape(-1, *pool.shape[1:])
+def _write_blocks(tokens: _Array, pool: _Array, slots: _Array) -> None:
+    block_size = pool.shape[1]
+    pool[slots[::block_size] // block_size] = tokens.reshape(-1, *pool.shape[1:])
 
 
 def _read_blocks(tokens: _Array, pool: _Array, items: Items | None, blocks: _Array) -> None:
@@ -302,10 +303,9 @@ class NumpyBackend(HostArrays):
             for start in range(first, last, step):
                 piece = slice(start, min(start + step, last))
                 slots = slot_mapping[piece]
-                blocks = slots[::block_size] // block_size if whole else None
                 for tokens, pool, items in tensors:
-                    if blocks is not None:
-                        jobs.append(functools.partial(_write_blocks, tokens[piece], pool, blocks))
+                    if whole:
+                        jobs.append(functools.partial(_write_blocks, tokens[piece], pool, slots))
                     else:
                         jobs.append(functools.partial(_write_slots, tokens[piece], pool, items, slots))
         _run(jobs, num_bytes)
