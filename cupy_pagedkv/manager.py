@@ -662,7 +662,7 @@ def _as_tokens(tokens: Any) -> npt.NDArray[np.int32]:
         return np.asarray(array("i", tokens))
     except OverflowError:
         raise ValueError("tokens must be from -2**31 to 2**31 - 1") from None
-    except (TypeError, NotImplementedError) as error:
+    except (TypeError, NotImplementedError) as error:  # the latter of a memoryview of several axes
         raise TypeError(f"tokens must be a list of ints or a NumPy array on the host: {error}") from None
 
 

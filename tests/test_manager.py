@@ -680,6 +680,7 @@ def test_what_is_accepted(served):
         ([2**31], ValueError, r"tokens must be from -2\*\*31 to 2\*\*31 - 1"),
         ([-(2**31) - 1], ValueError, r"tokens must be from"),
         (np.array([2**31]), ValueError, "got 2147483648 to 2147483648"),
+        (memoryview(np.zeros((2, 2), np.int32)), TypeError, "tokens must be a list of ints .*: multi-dimensional"),
         (np.array([1.0]), TypeError, r"tokens must be whole numbers on one axis, got float64 of shape \(1,\)"),
         (np.array([True]), TypeError, "got bool"),
         (np.array([[1]]), TypeError, r"got int64 of shape \(1, 1\)"),
