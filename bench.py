@@ -35,18 +35,18 @@ sys.path.append(str(ROOT / "tests"))
 
 import oracle  # noqa: E402
 
-import cupy_pagedkv.backend as backend  # noqa: E402
+import cupy_pagedkv.devices.backend as backend  # noqa: E402
 from cupy_pagedkv import (  # noqa: E402
     KVCacheManager,
     LayeredPagedKVCache,
     PagedKVCache,
     copy_blocks,
-    nvrtc,
     reshape_and_cache,
 )
-from cupy_pagedkv.cuda_backend import CudaBackend, source_of  # noqa: E402
-from cupy_pagedkv.emulator import EmulatedBackend  # noqa: E402
-from cupy_pagedkv.layout import layout_of  # noqa: E402
+from cupy_pagedkv.devices import nvrtc  # noqa: E402
+from cupy_pagedkv.devices.cuda_backend import CudaBackend, source_of  # noqa: E402
+from cupy_pagedkv.devices.emulator import EmulatedBackend  # noqa: E402
+from cupy_pagedkv.devices.layout import layout_of  # noqa: E402
 
 try:
     import torch

@@ -16,16 +16,15 @@
 >>> k.shape
 (20, 4, 32)
 
-Data flows one way: ``cache`` → ``ops`` (all checks) → ``backend`` (the choice of device) → ``numpy_backend`` or
-``cuda_backend`` → ``kernels/*.cu``. Bookkeeping, in ``blocks`` and ``pool``, stands beside it; ``manager`` puts both
-together.
+Data flows one way, from floor to floor: ``caches`` → ``operations`` (all checks) → ``devices`` (the choice of one) →
+``kernels/*.cu``, with ``bookkeeping`` below them all. ``ARCHITECTURE.md`` draws it.
 """
 
-from .batch import Batch, BatchBuffers
-from .blocks import BlockAllocator, BlockAllocatorStats, BlockTable, OutOfBlocksError
-from .cache import LayeredPagedKVCache, PagedKVCache
-from .manager import CachedSequence, KVCacheManager, KVCacheStats
-from .ops import copy_blocks, gather_cache, reshape_and_cache
+from .bookkeeping.blocks import BlockAllocator, BlockAllocatorStats, BlockTable, OutOfBlocksError
+from .caches.batch import Batch, BatchBuffers
+from .caches.cache import LayeredPagedKVCache, PagedKVCache
+from .caches.manager import CachedSequence, KVCacheManager, KVCacheStats
+from .operations.copies import copy_blocks, gather_cache, reshape_and_cache
 
 __all__ = [
     "Batch",

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-import cupy_pagedkv.backend as backend
-import cupy_pagedkv.emulator as emulator
-from cupy_pagedkv.numpy_backend import NumpyBackend
+import cupy_pagedkv.devices.backend as backend
+import cupy_pagedkv.devices.emulator as emulator
+from cupy_pagedkv.devices.numpy_backend import NumpyBackend
 
 specialisations: set[tuple[str, tuple[tuple[str, str | int], ...]]] = set()
 """(kernel, defines) of every kernel that was launched on the emulated device so far."""

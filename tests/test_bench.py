@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import bench
-from cupy_pagedkv.emulator import RawKernel
+from cupy_pagedkv.devices.emulator import RawKernel
 
 ROOT = Path(bench.__file__).parent
 

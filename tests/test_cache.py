@@ -7,7 +7,7 @@ import numpy as np
 import oracle
 import pytest
 
-import cupy_pagedkv.backend as backend
+import cupy_pagedkv.devices.backend as backend
 from cupy_pagedkv import BlockAllocator, LayeredPagedKVCache, OutOfBlocksError, PagedKVCache
 
 

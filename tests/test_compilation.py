@@ -11,10 +11,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import cupy_pagedkv.backend as backend
+import cupy_pagedkv.devices.backend as backend
 from cupy_pagedkv import PagedKVCache
-from cupy_pagedkv.cuda_backend import source_of
-from cupy_pagedkv.nvrtc import ARCHITECTURES, compile_kernel, report_on
+from cupy_pagedkv.devices.cuda_backend import source_of
+from cupy_pagedkv.devices.nvrtc import ARCHITECTURES, compile_kernel, report_on
 
 pytest.importorskip("cuda.core", reason="cuda.core is not installed, which NVRTC is called through")
 

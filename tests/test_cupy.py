@@ -17,7 +17,7 @@ import oracle
 import pytest
 from served import Served
 
-import cupy_pagedkv.backend as backend
+import cupy_pagedkv.devices.backend as backend
 from cupy_pagedkv import (
     BlockAllocator,
     KVCacheManager,
@@ -26,8 +26,8 @@ from cupy_pagedkv import (
     gather_cache,
     reshape_and_cache,
 )
-from cupy_pagedkv.cuda_backend import CudaBackend, source_of
-from cupy_pagedkv.emulator import RawKernel
+from cupy_pagedkv.devices.cuda_backend import CudaBackend, source_of
+from cupy_pagedkv.devices.emulator import RawKernel
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
 
@@ -93,7 +93,7 @@ class Event:
 def host_memory(monkeypatch: pytest.MonkeyPatch) -> HostMemoryBackend:
     instance = HostMemoryBackend()
     monkeypatch.setattr(backend, "_cuda", lambda: instance)
-    monkeypatch.setattr("cupy_pagedkv.cache.backend_on", lambda device: (instance, cupy.cuda.Device(0)))
+    monkeypatch.setattr("cupy_pagedkv.caches.cache.backend_on", lambda device: (instance, cupy.cuda.Device(0)))
     return instance
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import cupy_pagedkv.emulator as emulator
-from cupy_pagedkv.cuda_backend import source_of
-from cupy_pagedkv.emulator import CompileError, RawKernel
+import cupy_pagedkv.devices.emulator as emulator
+from cupy_pagedkv.devices.cuda_backend import source_of
+from cupy_pagedkv.devices.emulator import CompileError, RawKernel
 
 
 def kernel(body: str, parameters: str = "int* x") -> RawKernel:

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from test_scatter import DTYPES, EVERY_DTYPE, HEAD_DIMS, LAYOUTS
 
 from cupy_pagedkv import gather_cache, reshape_and_cache
-from cupy_pagedkv.backend import backend_of
-from cupy_pagedkv.cuda_backend import CudaBackend
-from cupy_pagedkv.layout import layout_of
+from cupy_pagedkv.devices.backend import backend_of
+from cupy_pagedkv.devices.cuda_backend import CudaBackend
+from cupy_pagedkv.devices.layout import layout_of
 
 LENGTHS = [0, 1, 15, 16, 17, 45, 400, 203]
 

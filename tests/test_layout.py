@@ -4,9 +4,9 @@ import numpy as np
 import oracle
 import pytest
 
-import cupy_pagedkv.backend as backend
+import cupy_pagedkv.devices.backend as backend
 from cupy_pagedkv import PagedKVCache, gather_cache, reshape_and_cache
-from cupy_pagedkv.emulator import EmulatedBackend
+from cupy_pagedkv.devices.emulator import EmulatedBackend
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ import pytest
 from served import Served
 
 from cupy_pagedkv import KVCacheManager, LayeredPagedKVCache, OutOfBlocksError
-from cupy_pagedkv.numpy_backend import HostStaging
-from cupy_pagedkv.pool import BlockPool, Node, _Queue
+from cupy_pagedkv.bookkeeping.pool import BlockPool, Node, _Queue
+from cupy_pagedkv.devices.numpy_backend import HostStaging
 
 
 class Host:
@@ -31,7 +31,7 @@ class Host:
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> Served:
-    monkeypatch.setattr("cupy_pagedkv.backend.EMULATE", False)
+    monkeypatch.setattr("cupy_pagedkv.devices.backend.EMULATE", False)
     return Served(Host(), 10)
 
 
@@ -467,7 +467,7 @@ def test_buffers_are_those_of_one_batch_at_a_time(served):
 
 def test_copies_through_buffers_touch_no_other_block(monkeypatch):
     """Block 0 is the target of a copy, and what padding of the list of copies would name."""
-    monkeypatch.setattr("cupy_pagedkv.backend.EMULATE", False)
+    monkeypatch.setattr("cupy_pagedkv.devices.backend.EMULATE", False)
     served = Served(Host(), 3)
     first, parent = served.run(range(5)), served.run(range(100, 120))
     fork = served.fork(parent)
@@ -830,7 +830,7 @@ class WatchedList(list):
 
 
 def test_nothing_walks_all_blocks(monkeypatch):
-    monkeypatch.setattr("cupy_pagedkv.backend.EMULATE", False)
+    monkeypatch.setattr("cupy_pagedkv.devices.backend.EMULATE", False)
     manager = KVCacheManager(LayeredPagedKVCache(1, 1000, 16, 1, 1, "uint8", "cpu"))
     pool = manager._pool
     for holder, names in (
@@ -879,7 +879,7 @@ def test_a_kernel_without_huge_pages(monkeypatch):
         def madvise(self, *_: Any) -> None:
             raise OSError(22, "Invalid argument")
 
-    monkeypatch.setattr("cupy_pagedkv.manager.mmap.mmap", Memory)
+    monkeypatch.setattr("cupy_pagedkv.caches.manager.mmap.mmap", Memory)
     manager = KVCacheManager(LayeredPagedKVCache(1, 8, 4, 1, 2, "uint8", "cpu"))
     manager.add([1])
 

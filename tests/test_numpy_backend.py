@@ -19,8 +19,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cupy_pagedkv.backend as backend
-import cupy_pagedkv.numpy_backend as numpy_backend
+import cupy_pagedkv.devices.backend as backend
+import cupy_pagedkv.devices.numpy_backend as numpy_backend
 from cupy_pagedkv import gather_cache, reshape_and_cache
 
 PADDED = np.dtype({"names": ["a", "b"], "formats": ["u1", "u4"], "offsets": [0, 4], "itemsize": 8})
@@ -316,7 +316,7 @@ def test_an_interrupt_leaves_nobody_writing():
     """Ctrl-C while the main thread waits for its helpers."""
     program = """
 import os, signal, threading, time
-import cupy_pagedkv.numpy_backend as numpy_backend
+import cupy_pagedkv.devices.numpy_backend as numpy_backend
 os.sched_getaffinity = lambda pid: range(3)
 begun, ended = threading.Barrier(3), []
 def job():
@@ -338,7 +338,7 @@ def test_a_process_that_is_ending_does_without_helpers():
     """Once the interpreter takes itself apart, a thread that is started never runs."""
     program = """
 import numpy as np
-import cupy_pagedkv.numpy_backend as numpy_backend
+import cupy_pagedkv.devices.numpy_backend as numpy_backend
 from cupy_pagedkv import reshape_and_cache
 class Late:
     def __init__(self):
@@ -360,7 +360,7 @@ def test_a_forked_child_has_helpers_of_its_own():
     """Threads do not survive a fork; a pool of them that the child believes in would never answer."""
     program = """
 import os, numpy as np
-import cupy_pagedkv.numpy_backend as numpy_backend
+import cupy_pagedkv.devices.numpy_backend as numpy_backend
 from cupy_pagedkv import reshape_and_cache
 os.sched_getaffinity = lambda pid: range(2)
 numpy_backend._SHARED_BYTES, numpy_backend._HEAD_START = 1, 0

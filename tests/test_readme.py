@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import cupy_pagedkv
-from cupy_pagedkv import manager
-from cupy_pagedkv.__main__ import _parser
+from cupy_pagedkv.caches import manager
+from cupy_pagedkv.replay.command import _parser
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)

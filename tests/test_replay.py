@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-import cupy_pagedkv.replay as replay_module
+import cupy_pagedkv.replay.replay as replay_module
 from cupy_pagedkv import PagedKVCache
-from cupy_pagedkv.__main__ import main
-from cupy_pagedkv.replay import MismatchError, OversizedRequestError, replay, token_bytes
-from cupy_pagedkv.traces import Request, TraceError, read_trace, synthetic_trace
+from cupy_pagedkv.replay.command import main
+from cupy_pagedkv.replay.replay import MismatchError, OversizedRequestError, replay, token_bytes
+from cupy_pagedkv.replay.traces import Request, TraceError, read_trace, synthetic_trace
 
 TRACES = Path(__file__).parent.parent.parent / "shared" / "traces"
 AZURE = TRACES / "azure_llm_2023_code_head.csv"
@@ -423,7 +423,7 @@ def implied_hits(requests: list[Request], block_size: int) -> list[int]:
 @needs_traces
 def test_hits_are_what_the_hash_ids_imply(monkeypatch):
     """With a pool large enough never to evict."""
-    monkeypatch.setattr("cupy_pagedkv.backend.EMULATE", False)
+    monkeypatch.setattr("cupy_pagedkv.devices.backend.EMULATE", False)
     requests = read_trace(MOONCAKE)
     report = replay(requests, num_blocks=480_000, block_size=16, num_layers=1, num_heads=1, head_dim=1, dtype="uint8",
                     device="cpu")  # fmt: skip
@@ -445,7 +445,7 @@ def test_hits_are_what_the_hash_ids_imply(monkeypatch):
     ids=["azure", "azure without sharing", "mooncake"],
 )
 def test_real_traces_replay(capsys, monkeypatch, path, requests, tokens_in, tokens_out, prefix_caching):
-    monkeypatch.setattr("cupy_pagedkv.backend.EMULATE", False)
+    monkeypatch.setattr("cupy_pagedkv.devices.backend.EMULATE", False)
     arguments = [] if prefix_caching else ["--no-prefix-caching"]
     assert main([str(path), "--device", "cpu", "--json", *arguments]) == 0
     report = json.loads(capsys.readouterr().out)

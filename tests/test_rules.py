@@ -10,9 +10,9 @@ import numpy as np
 import oracle
 import pytest
 
-import cupy_pagedkv.backend as backend
+import cupy_pagedkv.devices.backend as backend
 from cupy_pagedkv import PagedKVCache, gather_cache, reshape_and_cache
-from cupy_pagedkv.dtypes import as_dtype
+from cupy_pagedkv.bookkeeping.dtypes import as_dtype
 
 
 @pytest.fixture
@@ -284,7 +284,7 @@ def test_the_number_of_a_gpu(device):
 
 def test_environment_is_read_at_import():
     program = (
-        "import numpy as np, cupy_pagedkv.backend as b; "
+        "import numpy as np, cupy_pagedkv.devices.backend as b; "
         "print(b.EMULATE, b.DEBUG, type(b.backend_of(('x',), np.zeros(1))).__name__, b.backend_on(None)[1])"
     )
     for emulate, debug, expected in [
@@ -306,7 +306,9 @@ def test_environment_takes_no_other_value():
 
 
 def test_import_loads_neither_cupy_nor_a_compiler():
-    program = "import sys, cupy_pagedkv; print({'cupy', 'cupy_pagedkv.emulator', 'ml_dtypes'} & set(sys.modules))"
+    program = (
+        "import sys, cupy_pagedkv; print({'cupy', 'cupy_pagedkv.devices.emulator', 'ml_dtypes'} & set(sys.modules))"
+    )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout == "set()\n"
 

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .backend import backend_of
-from .batch import Batch
-from .blocks import BlockTable, OutOfBlocksError, at_least
-from .cache import LayeredPagedKVCache
-from .manager import CachedSequence, KVCacheManager
+from ..bookkeeping.blocks import BlockTable, OutOfBlocksError, at_least
+from ..caches.batch import Batch
+from ..caches.cache import LayeredPagedKVCache
+from ..caches.manager import CachedSequence, KVCacheManager
+from ..devices.backend import backend_of
 from .traces import HASHED_TOKENS, Request
 
 __all__ = ["MismatchError", "OversizedRequestError", "Report", "replay"]

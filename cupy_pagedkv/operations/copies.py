@@ -16,9 +16,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from . import backend as devices
-from .backend import Backend, backend_of
-from .layout import layout_of, pools_of
+from ..devices import backend as devices
+from ..devices.backend import Backend, backend_of
+from ..devices.layout import layout_of, pools_of
 
 __all__ = ["copy_blocks", "gather_cache", "reshape_and_cache"]
 

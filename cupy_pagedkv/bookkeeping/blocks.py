@@ -36,6 +36,8 @@ class OutOfBlocksError(RuntimeError):
     ``wanted``, ``free`` and ``total`` are the numbers of blocks.
     """
 
+    __module__ = "cupy_pagedkv"  # where users import it from, and so what a traceback says
+
     def __init__(self, wanted: int, free: int, total: int) -> None:
         super().__init__(wanted, free, total)
         self.wanted = wanted
@@ -100,7 +102,7 @@ class BlockAllocator:
     array([3, 1], dtype=int32)
     >>> allocator.allocate(1)
     Traceback (most recent call last):
-    cupy_pagedkv.blocks.OutOfBlocksError: 1 blocks wanted, 0 of 4 are free; free some, or make the pool larger
+    cupy_pagedkv.OutOfBlocksError: 1 blocks wanted, 0 of 4 are free; free some, or make the pool larger
 
     All methods may be called from several threads. A call that raises changes nothing. Taking or returning n blocks
     costs a few array operations over n items, whatever the size of the pool.

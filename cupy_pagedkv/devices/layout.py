@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .dtypes import as_dtype
+from ..bookkeeping.dtypes import as_dtype
 
 __all__ = ["Form", "Items", "Layout", "Pools", "layout_of", "pools_of"]
 

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .backend import backend_of, backend_on
-from .blocks import BlockAllocator, BlockTable, at_least, block_ids
-from .dtypes import as_dtype
-from .layout import pools_of
-from .ops import Array, IndexArray, copy_blocks, gather_cache, reshape_and_cache
+from ..bookkeeping.blocks import BlockAllocator, BlockTable, at_least, block_ids
+from ..bookkeeping.dtypes import as_dtype
+from ..devices.backend import backend_of, backend_on
+from ..devices.layout import pools_of
+from ..operations.copies import Array, IndexArray, copy_blocks, gather_cache, reshape_and_cache
 
 __all__ = ["LayeredPagedKVCache", "PagedKVCache"]
 

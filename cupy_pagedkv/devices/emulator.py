@@ -1,7 +1,7 @@
 """The emulated device: the kernels in ``kernels/`` compiled for the host and run on NumPy arrays.
 
 >>> import numpy as np
->>> from cupy_pagedkv.emulator import RawKernel
+>>> from cupy_pagedkv.devices.emulator import RawKernel
 >>> double = RawKernel('extern "C" __global__ void f(int* x) { x[threadIdx.x] *= 2; }', "f")
 >>> x = np.arange(4, dtype=np.int32)
 >>> double((1,), (4,), (x,))

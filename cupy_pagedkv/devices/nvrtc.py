@@ -1,6 +1,6 @@
 """What NVIDIA's compiler makes of a kernel, for any architecture, with no GPU and no driver.
 
->>> from cupy_pagedkv.nvrtc import report_on
+>>> from cupy_pagedkv.devices.nvrtc import report_on
 >>> print(report_on('extern "C" __global__ void f(uint4* a) { a[threadIdx.x] = a[threadIdx.x + 1]; }', arch=90))
  10 registers, 0 B stack, 0 B spilled; loads 1 x 128 bits; stores 1 x 128 bits
 

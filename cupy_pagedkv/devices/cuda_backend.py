@@ -40,7 +40,7 @@ _Defines = tuple[tuple[str, str | int], ...]
 
 def source_of(name: str, defines: _Defines) -> str:
     """``kernels/name.cu`` behind its parameters; the ``#line`` makes a compile error name the line in that file."""
-    here = Path(__file__).parent
+    here = Path(__file__).parent.parent
     # In a wheel `kernels` lies inside the package, in a checkout beside it.
     folder = next(f for f in (here / "kernels", here.parent / "kernels") if f.is_dir())
     lines = [f"#define {key} {value}" for key, value in defines]

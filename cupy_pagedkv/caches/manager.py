@@ -51,11 +51,11 @@ from typing import Any, NoReturn, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from .backend import backend_of
+from ..bookkeeping.blocks import at_least
+from ..bookkeeping.pool import BlockPool, Node, Salt
+from ..devices.backend import backend_of
 from .batch import Batch, BatchBuffers
-from .blocks import at_least
 from .cache import LayeredPagedKVCache
-from .pool import BlockPool, Node, Salt
 
 __all__ = ["CachedSequence", "KVCacheManager", "KVCacheStats"]
 
