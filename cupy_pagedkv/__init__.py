@@ -20,7 +20,8 @@ Data flows one way, from floor to floor: ``caches`` → ``operations`` (all chec
 ``kernels/*.cu``, with ``bookkeeping`` below them all. ``ARCHITECTURE.md`` draws it.
 """
 
-from .bookkeeping.blocks import BlockAllocator, BlockAllocatorStats, BlockTable, OutOfBlocksError
+from .bookkeeping.allocator import BlockAllocator, BlockAllocatorStats, OutOfBlocksError
+from .bookkeeping.table import BlockTable
 from .caches.batch import Batch, BatchBuffers
 from .caches.cache import LayeredPagedKVCache, PagedKVCache
 from .caches.manager import CachedSequence, KVCacheManager, KVCacheStats

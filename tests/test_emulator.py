@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import cupy_pagedkv.devices.emulator as emulator
-from cupy_pagedkv.devices.cuda_backend import source_of
 from cupy_pagedkv.devices.emulator import CompileError, RawKernel
+from cupy_pagedkv.devices.sources import source_of
 
 
 def kernel(body: str, parameters: str = "int* x") -> RawKernel:

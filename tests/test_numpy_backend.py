@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 import cupy_pagedkv.devices.backend as backend
 import cupy_pagedkv.devices.numpy_backend as numpy_backend
+import cupy_pagedkv.devices.threads as threads
 from cupy_pagedkv import gather_cache, reshape_and_cache
 
 PADDED = np.dtype({"names": ["a", "b"], "formats": ["u1", "u4"], "offsets": [0, 4], "itemsize": 8})
@@ -32,16 +33,16 @@ def everything_is_much():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "EMULATE", False)
         patch.setattr(numpy_backend, "_MANY_TOKENS", 4)
-        patch.setattr(numpy_backend, "_SHARED_BYTES", 300)
-        patch.setattr(numpy_backend, "_HEAD_START", 20)
-        patch.setattr(numpy_backend, "_LARGEST_JOB", 200)
+        patch.setattr(threads, "SHARED_BYTES", 300)
+        patch.setattr(threads, "_HEAD_START", 20)
+        patch.setattr(threads, "_LARGEST_JOB", 200)
         patch.setattr(numpy_backend, "_MANY_ITEMS", 3)
         patch.setattr(numpy_backend, "_FEW_BYTES", 0)
         patch.setattr(numpy_backend, "_WORTHWHILE_TOKENS", 1)
         patch.setattr(os, "sched_getaffinity", lambda pid: range(4))
-        numpy_backend._helpers.reset()
+        threads._helpers.reset()
         yield
-    numpy_backend._helpers.reset()
+    threads._helpers.reset()
 
 
 def scatter_and_compare(rng: Any, layout: str, block_size: int, dtype: Any, slots: Any, step: int = 1) -> None:
@@ -195,7 +196,7 @@ def test_helpers_take_part():
     """With a job for each, all threads have to be at work at once for any to go on; the last job is nobody's else."""
     meeting = threading.Barrier(4, timeout=20)
     doers = []
-    numpy_backend._run([meeting.wait] * 4 + [lambda: doers.append(threading.current_thread())], 10**6)
+    threads.run([meeting.wait] * 4 + [lambda: doers.append(threading.current_thread())], 10**6)
     assert doers == [threading.current_thread()]
 
 
@@ -212,7 +213,7 @@ def test_an_error_is_raised_once_nothing_runs_any_more():
 
     for jobs in ([slow, fails, slow, slow], [fails, slow, slow, slow], [slow, slow, slow, fails]):
         with pytest.raises(MemoryError, match="no room"):
-            numpy_backend._run(jobs, 10**6)
+            threads.run(jobs, 10**6)
         assert not running
 
 
@@ -227,7 +228,7 @@ def test_after_an_error_no_job_is_begun(fails_in):
         time.sleep(0.02)
 
     with pytest.raises(MemoryError, match="no room"):
-        numpy_backend._run([job] * 60, 10**6)
+        threads.run([job] * 60, 10**6)
     at_once = len(begun)
     time.sleep(0.1)
     assert len(begun) == at_once < 30
@@ -247,7 +248,7 @@ def test_nothing_keeps_the_arrays_of_an_error():
     gc.disable()
     try:
         with suppress(MemoryError):
-            numpy_backend._run([functools.partial(job, tokens)] * 8, 10**6)
+            threads.run([functools.partial(job, tokens)] * 8, 10**6)
         del tokens
         assert alive() is None
     finally:
@@ -255,13 +256,13 @@ def test_nothing_keeps_the_arrays_of_an_error():
 
 
 def test_first_callers_start_each_helper_once():
-    numpy_backend._helpers.reset()
+    threads._helpers.reset()
     before = set(threading.enumerate())
     meeting = threading.Barrier(8, timeout=20)
 
     def first(_: int) -> int:
         meeting.wait()
-        return numpy_backend._helpers.count()
+        return threads._helpers.count()
 
     with ThreadPoolExecutor(8) as callers:
         assert list(callers.map(first, range(8))) == [3] * 8
@@ -316,7 +317,7 @@ def test_an_interrupt_leaves_nobody_writing():
     """Ctrl-C while the main thread waits for its helpers."""
     program = """
 import os, signal, threading, time
-import cupy_pagedkv.devices.numpy_backend as numpy_backend
+import cupy_pagedkv.devices.threads as threads
 os.sched_getaffinity = lambda pid: range(3)
 begun, ended = threading.Barrier(3), []
 def job():
@@ -326,7 +327,7 @@ def job():
         ended.append(1)
 threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
-    numpy_backend._run([job] * 3 + [lambda: None], 10**9)
+    threads.run([job] * 3 + [lambda: None], 10**9)
 except KeyboardInterrupt:
     print("interrupted, with", len(ended), "helpers at their end")
 """
@@ -338,13 +339,13 @@ def test_a_process_that_is_ending_does_without_helpers():
     """Once the interpreter takes itself apart, a thread that is started never runs."""
     program = """
 import numpy as np
-import cupy_pagedkv.devices.numpy_backend as numpy_backend
+import cupy_pagedkv.devices.threads as threads
 from cupy_pagedkv import reshape_and_cache
 class Late:
     def __init__(self):
         self.pools, self.key = np.zeros((2, 1024, 16, 8, 128), np.float16), np.ones((16384, 8, 128), np.float16)
         self.arguments = self.key, self.key, *self.pools, np.arange(16384)
-        self.write, self.helpers, self.print = reshape_and_cache, numpy_backend._helpers, print
+        self.write, self.helpers, self.print = reshape_and_cache, threads._helpers, print
     def __del__(self):
         self.write(*self.arguments)
         ones = self.key[0, 0, :1].tobytes() * self.pools.size
@@ -360,18 +361,18 @@ def test_a_forked_child_has_helpers_of_its_own():
     """Threads do not survive a fork; a pool of them that the child believes in would never answer."""
     program = """
 import os, numpy as np
-import cupy_pagedkv.devices.numpy_backend as numpy_backend
+import cupy_pagedkv.devices.threads as threads
 from cupy_pagedkv import reshape_and_cache
 os.sched_getaffinity = lambda pid: range(2)
-numpy_backend._SHARED_BYTES, numpy_backend._HEAD_START = 1, 0
+threads.SHARED_BYTES, threads._HEAD_START = 1, 0
 pools, key = np.zeros((2, 8, 4, 1, 8), np.int8), np.ones((32, 1, 8), np.int8)
 reshape_and_cache(key, key, *pools, np.arange(32))
 child = os.fork()
 if child == 0:
     pools[...] = 0
-    inherited = numpy_backend._helpers._count
+    inherited = threads._helpers._count
     reshape_and_cache(key, key, *pools, np.arange(32))
-    os._exit(0 if pools.all() and (inherited, numpy_backend._helpers._count) == (0, 1) else 1)
+    os._exit(0 if pools.all() and (inherited, threads._helpers._count) == (0, 1) else 1)
 assert os.waitpid(child, 0)[1] == 0
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

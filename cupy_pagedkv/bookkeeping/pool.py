@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import numpy.typing as npt
 
-from .blocks import BlockAllocator, OutOfBlocksError
+from .allocator import BlockAllocator, OutOfBlocksError
 
 __all__ = ["BlockPool", "Node", "Salt"]
 

@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..bookkeeping.blocks import BlockAllocator, BlockTable, at_least, block_ids
+from ..bookkeeping.allocator import BlockAllocator
+from ..bookkeeping.arguments import at_least, block_ids
 from ..bookkeeping.dtypes import as_dtype
+from ..bookkeeping.table import BlockTable
 from ..devices.backend import backend_of, backend_on
 from ..devices.layout import pools_of
 from ..operations.copies import Array, IndexArray, copy_blocks, gather_cache, reshape_and_cache

@@ -51,7 +51,7 @@ from typing import Any, NoReturn, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..bookkeeping.blocks import at_least
+from ..bookkeeping.arguments import at_least
 from ..bookkeeping.pool import BlockPool, Node, Salt
 from ..devices.backend import backend_of
 from .batch import Batch, BatchBuffers

@@ -9,18 +9,18 @@ import functools
 import math
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from .layout import Form, Layout, Pools
+from .sources import Defines, source_of
 
 if TYPE_CHECKING:
     from .numpy_backend import HostStaging
 
-__all__ = ["CudaBackend", "source_of"]
+__all__ = ["CudaBackend", "PinnedStaging"]
 
 _ACCESS_TYPES = {1: "unsigned char", 2: "unsigned short", 4: "unsigned int", 8: "uint2", 16: "uint4"}
 _INDEX_TYPES = {4: "int", 8: "long long"}
@@ -34,17 +34,6 @@ _INDICES = {
     "copy_blocks": ("SRC_T", "DST_T"),
 }
 _NOTHING: AbstractContextManager[None] = nullcontext()
-
-_Defines = tuple[tuple[str, str | int], ...]
-
-
-def source_of(name: str, defines: _Defines) -> str:
-    """``kernels/name.cu`` behind its parameters; the ``#line`` makes a compile error name the line in that file."""
-    here = Path(__file__).parent.parent
-    # In a wheel `kernels` lies inside the package, in a checkout beside it.
-    folder = next(f for f in (here / "kernels", here.parent / "kernels") if f.is_dir())
-    lines = [f"#define {key} {value}" for key, value in defines]
-    return "\n".join([*lines, f'#line 1 "kernels/{name}.cu"', (folder / f"{name}.cu").read_text()])
 
 
 def _runs(tokens: Form, pool: Form) -> tuple[int, int, int]:
@@ -95,7 +84,7 @@ def _check_block_bytes(pools: Pools) -> None:
             )
 
 
-def _index_types(kernel: str, sizes: tuple[int, ...]) -> _Defines:
+def _index_types(kernel: str, sizes: tuple[int, ...]) -> Defines:
     return tuple((name, _INDEX_TYPES[size]) for name, size in zip(_INDICES[kernel], sizes, strict=True))
 
 
@@ -151,7 +140,7 @@ class CudaBackend:
         self._copy_plan = functools.lru_cache(4096)(self._make_copy_plan)
         self._processors = functools.cache(self._count_processors)
 
-    def _build_kernel(self, name: str, defines: _Defines) -> Any:
+    def _build_kernel(self, name: str, defines: Defines) -> Any:
         return self.xp.RawKernel(source_of(name, defines), name, ("-std=c++17",))
 
     def _count_processors(self, device: Any) -> int:
@@ -275,7 +264,7 @@ class CudaBackend:
         block_size = layout.block_size
         row = max(math.prod(k_runs), math.prod(v_runs)) // access
         _check_block_bytes(layout)
-        defines: _Defines = (("ACCESS_T", _ACCESS_TYPES[access]), ("UNROLL", _UNROLL), ("BLOCK_SIZE", block_size))
+        defines: Defines = (("ACCESS_T", _ACCESS_TYPES[access]), ("UNROLL", _UNROLL), ("BLOCK_SIZE", block_size))
         for letter, (heads, runs_of_head, run) in (("K", k_runs), ("V", v_runs)):
             defines += ((f"{letter}_HEADS", heads), (f"{letter}_RUNS", runs_of_head), (f"{letter}_RUN", run // access))
         defines += _index_types(name, index_sizes)
@@ -288,7 +277,7 @@ class CudaBackend:
         (k_runs, k_strides), (v_runs, v_strides) = map(_block_runs, both)
         reached = [s for pool in both for s, n in zip(pool.strides[:2], pool.shape[:2], strict=True) if n > 1]
         access = math.gcd(16, misalignment, k_runs[2], v_runs[2], *k_strides, *v_strides, *reached)
-        defines: _Defines = (("ACCESS_T", _ACCESS_TYPES[access]), ("UNROLL", _UNROLL))
+        defines: Defines = (("ACCESS_T", _ACCESS_TYPES[access]), ("UNROLL", _UNROLL))
         for letter, (outer, inner, run) in (("K", k_runs), ("V", v_runs)):
             defines += ((f"{letter}_OUTER", outer), (f"{letter}_INNER", inner), (f"{letter}_RUN", run // access))
         defines += _index_types("copy_blocks", index_sizes)

@@ -28,8 +28,9 @@ from typing import Any
 
 import numpy as np
 
-from .cuda_backend import CudaBackend, source_of
+from .cuda_backend import CudaBackend
 from .numpy_backend import HostArrays
+from .sources import source_of
 
 __all__ = ["CompileError", "EmulatedBackend", "RawKernel"]
 

@@ -7,22 +7,18 @@ the memory of most machines.
 """
 
 import functools
-import os
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from queue import SimpleQueue
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from . import threads
 from .layout import Items, Layout, Pools
+from .threads import Job
 
 __all__ = ["HostArrays", "HostStaging", "NumpyBackend"]
 
 _Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
-_Job: TypeAlias = Callable[[], object]
 _Tensor: TypeAlias = tuple[_Array, _Array, Items | None]
 """Tokens ``[num_tokens, heads, dim]``, a pool ``[num_blocks, block_size, heads, dim]``, and what they are as one."""
 
@@ -33,116 +29,11 @@ _MANY_ITEMS = 500  # NumPy lets go of the interpreter for more opaque items than
 _FEW_BYTES = 2**18  # that take no longer than other threads can wait for the interpreter
 _SMALL_ITEM = 32  # bytes; smaller ones are assigned faster than put
 _MANY_TOKENS = 2**14  # from here on it pays to look for whole blocks
-_SHARED_BYTES = 2**22  # from here on several threads: waking one and waiting for it is like copying 1 MB
-_HEAD_START = 2**19  # bytes that the caller copies while a helper wakes up
-_LARGEST_JOB = 2**23  # bytes; a thread that is held up holds up little more than this
-_MAX_THREADS = 8
-
-
-class _Helpers:
-    """Threads that do what is put into ``orders``, started when they are first counted.
-
-    Bare, since futures take 0.1 to 0.2 ms a call, in which a core copies 1 to 2 MB.
-    """
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """As if none had been started, which is so in the child of a fork."""
-        self.orders: SimpleQueue[_Job] = SimpleQueue()
-        self._count = 0
-        self._lock = threading.Lock()
-
-    def count(self) -> int:
-        """How many there are beside the caller."""
-        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        wanted = min(available, _MAX_THREADS) - 1
-        with self._lock, suppress(RuntimeError):  # no more threads are to be had
-            while self._count < wanted and not sys.is_finalizing():
-                name = f"cupy_pagedkv_{self._count}"
-                threading.Thread(target=_obey, args=(self.orders,), name=name, daemon=True).start()
-                self._count += 1
-        return min(self._count, wanted)
-
-
-def _obey(orders: "SimpleQueue[_Job]") -> None:
-    while True:
-        orders.get()()
-
-
-_helpers = _Helpers()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_helpers.reset)
-
-
-def _num_threads(num_bytes: int) -> int:
-    return min(_helpers.count() + 1, 2 * num_bytes // _SHARED_BYTES)
-
-
-def _run(jobs: list[_Job], num_bytes: int) -> None:
-    """Run ``jobs``, which copy ``num_bytes``, in any order; all are done when this returns, and none runs any more when
-    this raises."""
-    if num_bytes < _SHARED_BYTES:
-        for job in jobs:
-            job()
-        return
-    # The last is the caller's own: to wait for a helper is to wait until this thread is woken, too.
-    shared, own = (jobs[:-1], jobs[-1:]) if len(jobs) > 2 else (jobs, [])
-    waiting = iter(shared)  # one for all threads, so that each job is done once
-    active: list[None] = []
-    ends: SimpleQueue[None] = SimpleQueue()
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        for job in waiting:
-            job()
-
-    def drop() -> None:
-        for _ in waiting:
-            pass
-
-    def help_out() -> None:
-        active.append(None)
-        try:
-            work()
-        except BaseException as error:
-            drop()
-            errors.append(error)
-        finally:
-            active.pop()
-            ends.put(None)
-
-    try:
-        for _ in range(min(_num_threads(num_bytes), len(shared)) - 1):
-            _helpers.orders.put(help_out)
-        work()
-        for job in own:
-            job()
-    except BaseException as error:
-        errors.insert(0, error)
-    while True:
-        try:
-            if errors:
-                drop()
-            while active:  # a helper that has not come by now finds nothing to do
-                ends.get()
-            break
-        except BaseException as error:  # after a second Ctrl-C, too, nothing may be written any more
-            errors.insert(0, error)
-    if errors:
-        try:
-            raise errors[0]
-        finally:
-            errors.clear()  # or the error keeps this frame, and this frame the error, and both the arrays
 
 
 def _tokens_of_a_job(layout: Layout, num_bytes: int) -> int:
     """Tokens in whole blocks, whose K or V in one layer a thread copies at once, if it copies ``num_bytes`` in all."""
-    share = _LARGEST_JOB
-    if num_bytes >= _SHARED_BYTES:
-        share = min(share, num_bytes // _num_threads(num_bytes)) - _HEAD_START
-    return -(-2 * share // (layout.token_bytes * layout.block_size)) * layout.block_size
+    return -(-2 * threads.job_bytes(num_bytes) // (layout.token_bytes * layout.block_size)) * layout.block_size
 
 
 def _tensors(key: _Array, value: _Array, k_cache: _Array, v_cache: _Array, layout: Layout) -> Sequence[_Tensor]:
@@ -292,12 +183,12 @@ class NumpyBackend(HostArrays):
             slot_mapping = slot_mapping[written]
             tensors = [(tokens[written], pool, items) for tokens, pool, items in tensors]
         num_bytes = len(slot_mapping) * layout.token_bytes * layout.num_layers
-        if num_bytes < _SHARED_BYTES:
+        if num_bytes < threads.SHARED_BYTES:
             for tokens, pool, items in tensors:
                 _write_slots(tokens, pool, items, slot_mapping)
             return
         step = _tokens_of_a_job(layout, num_bytes)
-        jobs: list[_Job] = []
+        jobs: list[Job] = []
         much = len(slot_mapping) >= _MANY_TOKENS
         for first, last, whole in _stretches(slot_mapping, block_size) if much else [(0, len(slot_mapping), False)]:
             for start in range(first, last, step):
@@ -308,7 +199,7 @@ class NumpyBackend(HostArrays):
                         jobs.append(functools.partial(_write_blocks, tokens[piece], pool, slots))
                     else:
                         jobs.append(functools.partial(_write_slots, tokens[piece], pool, items, slots))
-        _run(jobs, num_bytes)
+        threads.run(jobs, num_bytes)
 
     def gather_cache(
         self,
@@ -329,7 +220,7 @@ class NumpyBackend(HostArrays):
         num_bytes = num_rows * layout.token_bytes * layout.num_layers
         if num_seqs > _FEW_SEQUENCES and num_rows < num_seqs * _WORTHWHILE_TOKENS:
             blocks, offsets = _places(block_tables, seq_lens, seq_starts, num_rows, block_size)
-            _run(
+            threads.run(
                 [
                     functools.partial(_read_slots, tokens[:num_rows], pool, items, blocks, offsets)
                     for tokens, pool, items in tensors
@@ -339,7 +230,7 @@ class NumpyBackend(HostArrays):
             return
         step = _tokens_of_a_job(layout, num_bytes)
         starts = None if seq_starts is None else seq_starts.tolist()
-        jobs: list[_Job] = []
+        jobs: list[Job] = []
         first = 0
         for i, end in enumerate(seq_lens.tolist()):
             start = 0 if starts is None else starts[i]
@@ -359,7 +250,7 @@ class NumpyBackend(HostArrays):
                         jobs.append(functools.partial(_read_blocks, tokens[piece], pool, items, blocks))
                 first += count
                 start += count
-        _run(jobs, num_bytes)
+        threads.run(jobs, num_bytes)
 
     def copy_blocks(self, k_cache: _Array, v_cache: _Array, src: _Array, dst: _Array, pools: Pools) -> None:
         for cache in (k_cache, v_cache):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bookkeeping.blocks import BlockAllocator
+from ..bookkeeping.allocator import BlockAllocator
 from ..bookkeeping.dtypes import as_dtype
 from .replay import MismatchError, OversizedRequestError, Report, replay
 from .traces import read_trace, synthetic_trace

@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..bookkeeping.blocks import BlockTable, OutOfBlocksError, at_least
+from ..bookkeeping.allocator import OutOfBlocksError
+from ..bookkeeping.arguments import at_least
+from ..bookkeeping.table import BlockTable
 from ..caches.batch import Batch
 from ..caches.cache import LayeredPagedKVCache
 from ..caches.manager import CachedSequence, KVCacheManager
