@@ -24,7 +24,8 @@ from .bookkeeping.allocator import BlockAllocator, BlockAllocatorStats, OutOfBlo
 from .bookkeeping.table import BlockTable
 from .caches.batch import Batch, BatchBuffers
 from .caches.cache import LayeredPagedKVCache, PagedKVCache
-from .caches.manager import CachedSequence, KVCacheManager, KVCacheStats
+from .caches.manager import KVCacheManager, KVCacheStats
+from .caches.sequence import CachedSequence
 from .operations.copies import copy_blocks, gather_cache, reshape_and_cache
 
 __all__ = [

@@ -204,7 +204,7 @@ class Served:
             pool._owners.tolist(),
             list(pool._node),
             [(node and node.block) for node in pool._node],
-            self.manager._tables.shape,
+            self.manager._rows._tables.shape,
             {block: set(twins) for block, twins in pool._twins.items()},
             pool._allocator.stats(),
             self.bytes(),
@@ -253,8 +253,8 @@ class Served:
         num_seqs, num_tokens, width = len(new), len(slots), max(map(len, tables), default=0)
         if buffers is not None:
             num_seqs, num_tokens, width, _ = buffers._sizes
-        padded = [table + [-1] * (width - len(table)) for table in tables]
-        padded += [[-1] * width] * (num_seqs - len(new))
+        padded = [table + [0] * (width - len(table)) for table in tables]
+        padded += [[0] * width] * (num_seqs - len(new))
         wanted = {
             "slot_mapping": np.array(slots + [-1] * (num_tokens - len(slots)), np.int64),
             "positions": np.array(positions + [0] * (num_tokens - len(slots)), np.int64),

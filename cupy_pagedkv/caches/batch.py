@@ -1,18 +1,22 @@
 """What the layers need to know of a batch: arrays where the cache is, all of them in one piece of memory."""
 
-from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from .manager import CachedSequence, KVCacheManager
+from ..bookkeeping.rows import NewTokens
+from .sequence import CachedSequence
 
 __all__ = ["Batch", "BatchBuffers"]
 
-_Ints: TypeAlias = npt.NDArray[np.int64]
+
+class Manager(Protocol):
+    """What a batch asks of the :class:`~cupy_pagedkv.KVCacheManager` that prepared it."""
+
+    def commit(self, batch: "Batch") -> None: ...
+    def rollback(self, batch: "Batch") -> None: ...
 
 
 class BatchBuffers:
@@ -26,7 +30,7 @@ class BatchBuffers:
     positions: Any
     """int64 ``[num_tokens]``: the position of each new token in its sequence; 0 behind the last."""
     block_tables: Any
-    """int32 ``[num_seqs, max_blocks]``: each sequence's blocks, and −1 behind the last."""
+    """int32 ``[num_seqs, max_blocks]``: each sequence's blocks, and 0 behind the last, which may be of any other."""
     seq_lens: Any
     """int32 ``[num_seqs]``: tokens of each sequence, the new ones among them; 0 behind the last."""
     cu_seqlens: Any
@@ -37,7 +41,7 @@ class BatchBuffers:
         """Views of ``memory``, of ``num_bytes(…)`` bytes, on whatever device it is."""
         self._memory = memory
         self._sizes = (num_seqs, num_tokens, max_blocks, num_copies)
-        self._owner: KVCacheManager | None = None  # of buffers that users have
+        self._owner: Manager | None = None  # of buffers that users have
         self.positions, self.slot_mapping = memory[: 16 * num_tokens].view(np.int64).reshape(2, num_tokens)
         small = memory[16 * num_tokens :].view(np.int32)
         at = num_seqs * max_blocks
@@ -56,10 +60,19 @@ class BatchBuffers:
             if needs > has:
                 raise ValueError(f"the batch needs {name} {needs}, but the buffers were made for {has}")
 
-    def _pad(self) -> None:
-        self._memory[:] = 0
-        self.slot_mapping[:] = -1
-        self.block_tables[:] = -1
+    def _fill(self, new: NewTokens, block_size: int) -> None:
+        """Everything but the block tables, which are there already; where more is behind it, zeros are."""
+        num_seqs, num_tokens = len(new.rows), len(new.tokens)
+        self.positions[:num_tokens] = new.positions
+        columns, offsets = np.divmod(new.positions, block_size)
+        slots = self.slot_mapping[:num_tokens]
+        slots[:] = self.block_tables[new.index, columns]
+        slots *= block_size
+        slots += offsets
+        self.slot_mapping[num_tokens:] = -1
+        self.seq_lens[:num_seqs] = new.ends
+        self.cu_seqlens[:num_seqs] = new.first
+        self.cu_seqlens[num_seqs:] = num_tokens
 
 
 class Batch:
@@ -70,70 +83,35 @@ class Batch:
     at the end, or rolled back if an exception comes.
     """
 
-    slot_mapping: Any
-    positions: Any
-    block_tables: Any
-    seq_lens: Any
-    cu_seqlens: Any
-
     def __init__(
-        self,
-        manager: "KVCacheManager",
-        sequences: "Sequence[CachedSequence]",
-        rows: _Ints,
-        tokens: npt.NDArray[np.int32],
-        starts: _Ints,
-        counts: _Ints,
+        self, manager: Manager, sequences: tuple[CachedSequence, ...], new: NewTokens, arrays: BatchBuffers
     ) -> None:
         self.sequences = sequences
         """In the order of the arrays."""
-        self._manager = manager
-        self._rows = rows
-        self._tokens = tokens
-        self._starts = starts
-        self._counts = counts
-        # Of each new token: the index of its sequence, and its position there.
-        self._index = np.repeat(np.arange(len(rows)), counts)
-        self._first = np.cumsum(counts) - counts
-        self._positions = np.arange(len(tokens)) + (starts - self._first)[self._index]
-        self._buffers: BatchBuffers | None = None
-        self._end = ""  # how it ended
-
-    def _fill(self, host: BatchBuffers, tables: npt.NDArray[np.int32], block_size: int) -> None:
-        """Everything but the block tables."""
-        num_seqs, num_tokens = len(self._rows), len(self._tokens)
-        host.positions[:num_tokens] = self._positions
-        columns, offsets = np.divmod(self._positions, block_size)
-        slots = host.slot_mapping[:num_tokens]
-        slots[:] = tables[self._index, columns]
-        slots *= block_size
-        slots += offsets
-        host.seq_lens[:num_seqs] = self.host_seq_lens
-        host.cu_seqlens[:num_seqs] = self._first
-        host.cu_seqlens[num_seqs:] = num_tokens
-
-    def _take(self, arrays: BatchBuffers) -> None:
-        self._buffers = arrays
         self.slot_mapping = arrays.slot_mapping
         self.positions = arrays.positions
         self.block_tables = arrays.block_tables
         self.seq_lens = arrays.seq_lens
         self.cu_seqlens = arrays.cu_seqlens
+        self._manager = manager
+        self._new = new
+        self._buffers = arrays
+        self._end = ""  # how it ended
 
     @property
     def num_tokens(self) -> int:
         """New tokens, of all sequences."""
-        return len(self._tokens)
+        return len(self._new.tokens)
 
     @property
-    def host_seq_lens(self) -> _Ints:
+    def host_seq_lens(self) -> npt.NDArray[np.int64]:
         """The values of ``seq_lens`` on the host, int64 ``[num_seqs]``: what a gather without ``out`` needs."""
-        return self._starts + self._counts
+        return self._new.ends
 
     @property
     def max_seqlen_q(self) -> int:
         """The most new tokens of a sequence, as attention kernels that take ``cu_seqlens`` want to know."""
-        return int(self._counts.max(initial=0))
+        return int(self._new.counts.max(initial=0))
 
     @property
     def max_seqlen_k(self) -> int:

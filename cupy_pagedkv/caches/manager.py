@@ -39,23 +39,22 @@ two sequences share before one of them writes to it; both are queued on CuPy's c
 that the layers work on.
 """
 
-import mmap
 from array import array
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
-from types import TracebackType
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from ..bookkeeping.arguments import at_least
 from ..bookkeeping.pool import BlockPool, Node, Salt
+from ..bookkeeping.rows import NewTokens, SequenceRows
 from ..devices.backend import backend_of
 from .batch import Batch, BatchBuffers
 from .cache import LayeredPagedKVCache
+from .sequence import CachedSequence
 
 __all__ = ["CachedSequence", "KVCacheManager", "KVCacheStats"]
 
@@ -63,79 +62,6 @@ Tokens: TypeAlias = npt.NDArray[np.integer] | Sequence[int]
 """A NumPy array ``[n]`` of whole numbers, or a list of ints, each from −2³¹ to 2³¹ − 1."""
 
 _Ints: TypeAlias = npt.NDArray[np.int64]
-
-
-class CachedSequence:
-    """A sequence of tokens in a :class:`KVCacheManager`, which makes it: ``manager.add(tokens)``.
-
-    As a context manager it is freed at the end, and an exception rolls back the batch that it is in.
-    """
-
-    __slots__ = ("__weakref__", "_manager", "_num_cached", "_root", "_row")
-
-    def __init__(self, manager: "KVCacheManager", row: int, root: Node, num_cached: int) -> None:
-        self._manager: KVCacheManager | None = manager
-        self._row = row
-        self._root = root
-        self._num_cached = num_cached
-
-    @property
-    def num_cached_tokens(self) -> int:
-        """How many of its first tokens were in the pool when it was made."""
-        return self._num_cached
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens whose K and V are in the cache: shared or committed."""
-        return int(self._owner()._lengths[self._row])
-
-    @property
-    def block_table(self) -> npt.NDArray[np.int32]:
-        """Its blocks in logical order, those of an open batch among them; a copy on the host."""
-        return self._owner()._blocks_of(self._row)
-
-    def fork(self) -> "CachedSequence":
-        """A second sequence with the same tokens, in the same blocks. No block is taken.
-
-        Whoever first writes to the last block, where it is not full, writes to a copy.
-
-        Raises ``ValueError`` while this sequence is in an open batch, or is freed.
-        """
-        return self._owner()._fork(self)
-
-    def truncate(self, num_tokens: int) -> None:
-        """Forget all tokens but the first ``num_tokens``, and let go of blocks that only the others needed.
-
-        What other sequences share stays theirs. Raises ``ValueError`` if there are fewer tokens, while this sequence is
-        in an open batch, or when it is freed.
-        """
-        self._owner()._truncate(self, num_tokens)
-
-    def __enter__(self) -> "CachedSequence":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        manager = self._manager
-        if manager is not None:
-            if kind is not None:  # lest freeing an open batch's sequence hides the exception
-                for batch in [batch for batch in manager._batches if self in batch.sequences]:
-                    manager.rollback(batch)
-            manager.free(self)
-
-    def __repr__(self) -> str:
-        if self._manager is None:
-            return "<CachedSequence, freed>"
-        return f"<CachedSequence of {self.num_tokens} tokens in blocks {self.block_table.tolist()}>"
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a sequence can be neither copied nor pickled; fork() makes a second one of the same tokens")
-
-    def _owner(self) -> "KVCacheManager":
-        if self._manager is None:
-            raise ValueError("this sequence has been freed; add its tokens again")
-        return self._manager
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,17 +139,10 @@ class KVCacheManager:
         self._prefix_caching = prefix_caching
         self._block_size = cache.block_size
         self._pool = BlockPool(cache.num_blocks, cache.block_size)
-        # A row for each sequence. Tables hold ids plus one: behind the last block they are 0, as fresh memory reads.
-        self._lengths = np.zeros(0, np.int64)
-        self._num_blocks = np.zeros(0, np.int64)
-        self._tables = _lazy_zeros(0, 8)
-        self._tails = np.empty((0, self._block_size), np.int32)  # the tokens in the last block, where it is not full
-        self._is_open = np.zeros(0, np.bool_)  # whether it is in a batch that has not ended
+        self._rows = SequenceRows(cache.block_size, cache.num_blocks)
         self._sequences: set[CachedSequence] = set()
         self._batches: set[Batch] = set()
-        self._free_rows: list[int] = []
-        # The prompts of sequences that have not grown yet.
-        self._uncounted: dict[CachedSequence, npt.NDArray[np.int32]] = {}
+        self._uncounted: set[CachedSequence] = set()  # whose prompts have not grown yet
         self._prompts = self._hits = self._prompt_tokens = self._tokens_saved = self._copies = 0
 
     @property
@@ -245,8 +164,8 @@ class KVCacheManager:
         """A new sequence that is going to begin with ``tokens``; no block is taken, and nothing is written yet.
 
         Full blocks that hold the first of them are shared: ``num_cached_tokens`` of the sequence says how many tokens
-        that are, and is less than all of them, because somebody has to compute the next token. The others are to be
-        given to :meth:`prepare`, in as many pieces as suits.
+        that are, and is less than all of them, because somebody has to compute the next token. The others are
+        ``remaining`` of the sequence, and are to be given to :meth:`prepare`, in as many pieces as suits.
 
         salt
             Sequences share only with those of an equal salt (of the same type), such as the name of a tenant or of a
@@ -255,23 +174,23 @@ class KVCacheManager:
         Raises ``TypeError`` or ``ValueError`` for what are no tokens, or no salt.
         """
         prompt = _as_tokens(tokens)
+        prompt.flags.writeable = False
         if not isinstance(salt, str | bytes | int | None):
             raise TypeError(f"salt must be a str, bytes, an int or None, got {type(salt).__name__}")
         root = self._pool.root(salt)
         findable = max(0, len(prompt) - 1) // self._block_size * self._block_size if self._prefix_caching else 0
-        found = self._pool.find(root, self._chunks(prompt[:findable]))
+        found = self._pool.find(root, self._rows.chunks(prompt[:findable]))
         blocks = np.fromiter(found, np.int32, len(found))
-        num_cached = len(blocks) * self._block_size
-        sequence = self._new_sequence(root, num_cached, blocks)
-        self._uncounted[sequence] = prompt
+        sequence = self._new_sequence(root, blocks, len(blocks) * self._block_size, prompt)
+        self._uncounted.add(sequence)
         return sequence
 
     def prepare(self, new_tokens: Mapping[CachedSequence, Tokens], *, buffers: BatchBuffers | None = None) -> Batch:
         """Room for the next tokens of each sequence: a prompt, a piece of one, one decoded token, a speculative run.
 
         new_tokens
-            For each sequence the tokens that come behind its ``num_tokens``; of a prompt that was just added these are
-            ``prompt[sequence.num_cached_tokens :]``, since the others are there.
+            For each sequence the tokens that come behind its ``num_tokens``: of a prompt that was just added these are
+            :attr:`CachedSequence.remaining`, or the first of them.
         buffers
             What :meth:`buffers` returned; they become the batch's arrays, and are filled in the order of the current
             stream. Until the batch has ended they cannot be those of another.
@@ -282,53 +201,37 @@ class KVCacheManager:
 
         Raises :class:`~cupy_pagedkv.OutOfBlocksError` if the blocks do not suffice for all of them; its ``free`` counts
         cached blocks, too. Raises ``ValueError`` for sequences that are freed, of another manager or in an open batch,
-        for a whole prompt of which a part was found, and for buffers that are another manager's, in use or too small;
-        ``TypeError`` and ``ValueError`` for what are no tokens. If a device fails, cached blocks may be gone, and
-        buffers hold anything; all else is as it was.
+        and for buffers that are another manager's, in use or too small; ``TypeError`` and ``ValueError`` for what are
+        no tokens. If a device fails, cached blocks may be gone, and buffers hold anything; all else is as it was.
         """
         if not isinstance(new_tokens, Mapping):
             raise TypeError(f"expected {{sequence: its new tokens}}, got {type(new_tokens).__name__}")
         sequences = tuple(new_tokens)
-        rows = self._rows_of(sequences)
+        in_rows = self._rows_of(sequences)
         counts, tokens = _joined(list(new_tokens.values()))
-        size = self._block_size
-        starts = self._lengths[rows]
-        ends = starts + counts
-        num_blocks, needed = -(-starts // size), -(-ends // size)
-        max_blocks = int(needed.max(initial=0))
+        new = NewTokens(in_rows, self._rows.lengths[in_rows], counts, tokens)
+        max_blocks = -(-int(new.ends.max(initial=0)) // self._block_size)
         if buffers is not None:
             self._check_buffers(buffers)
-            buffers._check_room(len(rows), len(tokens), max_blocks)
-        batch = Batch(self, sequences, rows, tokens, starts, counts)
-        for sequence in self._uncounted.keys() & new_tokens.keys():
-            self._check_prompt(sequence, batch)
+            buffers._check_room(len(sequences), len(tokens), max_blocks)
 
-        # Who writes to a block that is begun already, and to which.
-        writers = np.flatnonzero((starts % size != 0) & (counts > 0))
-        begun = self._tables[rows[writers], starts[writers] // size] - 1
+        owners, columns = self._rows.missing(new)
+        writers, begun_columns = self._rows.begun(new)
+        begun = self._rows.blocks_at(in_rows[writers], begun_columns)
         copying = self._pool.writers_that_copy(begun)
         copied, written = begun[copying], np.delete(begun, copying) if copying else begun
-        copiers = writers[copying]
-        # For each new block: whose it is, and its place in that table.
-        grown = needed - num_blocks
-        growing = np.flatnonzero(grown)
-        owners = np.repeat(growing, grown[growing])
-        columns = _ranges(num_blocks[growing], grown[growing])
-
-        taken = self._pool.take(len(owners) + len(copiers))
+        taken = self._pool.take(len(owners) + len(copied))
         try:
-            self._widen(max_blocks)
-            seq = np.concatenate([owners, copiers])
-            column = np.concatenate([columns, starts[copiers] // size])
-            sizes = (len(rows), len(tokens), max_blocks, len(copied)) if buffers is None else buffers._sizes
-            host = BatchBuffers(self._staging.empty(BatchBuffers.num_bytes(*sizes)), *sizes)
-            if buffers is not None:
-                host._pad()
-            tables = host.block_tables[: len(rows), :max_blocks]
-            np.subtract(self._tables[rows, :max_blocks], 1, out=tables)
-            tables[seq, column] = taken
-            batch._fill(host, tables, size)
-            host._copies[:, : len(copied)] = copied, taken[len(owners) :]
+            self._rows.widen(max_blocks)
+            owners = np.concatenate([owners, writers[copying]])
+            columns = np.concatenate([columns, begun_columns[copying]])
+            sizes = (len(sequences), len(tokens), max_blocks, len(copied)) if buffers is None else buffers._sizes
+            host = BatchBuffers(self._staging.zeros(BatchBuffers.num_bytes(*sizes)), *sizes)
+            tables = host.block_tables[: len(sequences), :max_blocks]
+            self._rows.copy_tables(in_rows, tables)
+            tables[owners, columns] = taken
+            host._fill(new, self._block_size)
+            host._copies[:, : len(copied)] = copied, taken[len(taken) - len(copied) :]
             memory = self._staging.send(host._memory, self._place, None if buffers is None else buffers._memory)
             arrays = buffers or (host if memory is host._memory else BatchBuffers(memory, *sizes))
             if len(copied):
@@ -337,15 +240,13 @@ class KVCacheManager:
             self._pool.release(taken)
             raise
 
-        self._tables[rows[seq], column] = taken + 1
-        self._num_blocks[rows] = needed
+        self._rows.put(new, owners, columns, taken)
         for i in range(len(copied)):
             self._pool.release(copied[i : i + 1])  # one by one: two may have copied one block
         self._pool.forget(written.tolist())  # their only owner is about to write to them
         self._copies += len(copied)
-        batch._take(arrays)
+        batch = Batch(self, sequences, new, arrays)
         self._batches.add(batch)
-        self._is_open[rows] = True
         return batch
 
     def commit(self, batch: Batch, accepted: Mapping[CachedSequence, int] | None = None) -> None:
@@ -362,14 +263,14 @@ class KVCacheManager:
         self._check_open(batch)
         if accepted is not None and not isinstance(accepted, Mapping):
             raise TypeError(f"accepted must be {{sequence: number of tokens}}, got {type(accepted).__name__}")
-        kept = batch._counts if accepted is None else self._accepted(batch, accepted)
-        ends = batch._starts + kept
+        new = batch._new
+        ends = new.ends if accepted is None else new.starts + self._accepted(batch, accepted)
         if self._prefix_caching:
             self._remember(batch, ends)
-        self._lengths[batch._rows] = ends
         if self._uncounted:
-            for i in np.flatnonzero(kept).tolist():
-                self._count(batch.sequences[i], int(batch._starts[i]))
+            for sequence in self._uncounted.intersection(batch.sequences):
+                self._count(sequence, new, ends)
+        self._rows.lengths[new.rows] = ends
         self._close(batch, "committed")
 
     def rollback(self, batch: Batch) -> None:
@@ -390,13 +291,11 @@ class KVCacheManager:
         Raises ``ValueError`` for a sequence that is freed already, of another manager, or in an open batch.
         """
         row = self._row_of(sequence)
-        self._lengths[row] = 0
-        self._shrink(row)
-        self._free_rows.append(row)
+        self._pool.release(self._rows.remove(row))
         self._sequences.remove(sequence)
-        self._uncounted.pop(sequence, None)
+        self._uncounted.discard(sequence)
         sequence._manager = None
-        del sequence._root  # and with it a salt that nobody uses any more
+        del sequence._root, sequence._prompt  # and with the root a salt that nobody uses any more
 
     def buffers(self, num_seqs: int, num_tokens: int, max_blocks: int) -> BatchBuffers:
         """Arrays on the cache's device for all batches of at most so many sequences, new tokens in all, and blocks of
@@ -407,8 +306,8 @@ class KVCacheManager:
         num_seqs = at_least(1, "num_seqs", num_seqs)
         num_tokens, max_blocks = at_least(1, "num_tokens", num_tokens), at_least(1, "max_blocks", max_blocks)
         sizes = num_seqs, num_tokens, max_blocks, num_seqs
-        host = BatchBuffers(self._staging.empty(BatchBuffers.num_bytes(*sizes)), *sizes)
-        host._pad()
+        host = BatchBuffers(self._staging.zeros(BatchBuffers.num_bytes(*sizes)), *sizes)
+        host.slot_mapping[:] = -1
         buffers = BatchBuffers(self._staging.send(host._memory, self._place), *sizes)
         buffers._owner = self
         return buffers
@@ -445,83 +344,51 @@ class KVCacheManager:
         many tables as it counts owners, and what is found is where it is said to be. Walks the whole pool."""
         owners = np.zeros(self._pool.num_blocks, np.int64)
         for sequence in self._sequences:
-            blocks, length = self._blocks_of(sequence._row), int(self._lengths[sequence._row])
+            row = sequence._row
+            blocks, length = self._rows.blocks(row), int(self._rows.lengths[row])
             needed = -(-length // self._block_size)
-            if len(blocks) < needed or (len(blocks) > needed and not self._is_open[sequence._row]):
+            if len(blocks) < needed or (len(blocks) > needed and not self._rows.is_open[row]):
                 raise RuntimeError(f"a sequence of {length} tokens has {len(blocks)} blocks, and should have {needed}")
             owners[blocks] += 1
         self._pool.check(owners)
-        rows = sorted([*self._free_rows, *(sequence._row for sequence in self._sequences)])
-        if rows != list(range(len(self._lengths))):
-            raise RuntimeError(f"{len(self._free_rows)} free and {len(self._sequences)} used rows are not all rows")
+        free = self._rows.free
+        if sorted([*free, *(sequence._row for sequence in self._sequences)]) != list(range(len(self._rows))):
+            raise RuntimeError(f"{len(free)} free and {len(self._sequences)} used rows are not all rows")
 
     def _fork(self, sequence: CachedSequence) -> CachedSequence:
         row = self._row_of(sequence)
-        length = int(self._lengths[row])
-        fork = self._new_sequence(sequence._root, length, self._blocks_of(row))
-        self._tails[fork._row] = self._tails[row]
+        fork = self._new_sequence(
+            sequence._root, self._rows.blocks(row), int(self._rows.lengths[row]), sequence._prompt
+        )
+        self._rows.begin(fork._row, self._rows.tail(row))
         return fork
 
     def _truncate(self, sequence: CachedSequence, num_tokens: int) -> None:
         row = self._row_of(sequence)
-        length = int(self._lengths[row])
+        length = int(self._rows.lengths[row])
         if at_least(0, "num_tokens", num_tokens) > length:
             raise ValueError(f"cannot truncate to {num_tokens} tokens: the sequence has {length}")
         last, offset = divmod(num_tokens, self._block_size)
         if offset and last < length // self._block_size and self._prefix_caching:
             # A full block becomes the last one and is not full any more; its tokens are in the trie.
-            self._tails[row] = np.frombuffer(self._pool.node_of(int(self._tables[row, last]) - 1).chunk, np.int32)
-        self._lengths[row] = num_tokens
-        self._shrink(row)
+            block = int(self._rows.blocks(row)[last])
+            self._rows.begin(row, np.frombuffer(self._pool.node_of(block).chunk, np.int32))
+        self._rows.lengths[row] = num_tokens
+        self._pool.release(self._rows.shrink(row))
 
-    def _shrink(self, row: int) -> None:
-        """Let go of the blocks that the row's tokens do not need."""
-        needed = -(-int(self._lengths[row]) // self._block_size)
-        self._pool.release(self._blocks_of(row)[needed:])
-        self._tables[row, needed : self._num_blocks[row]] = 0
-        self._num_blocks[row] = needed
+    def _abandon(self, sequence: CachedSequence) -> None:
+        """Roll back the batch that it is in, if there is one."""
+        for batch in [batch for batch in self._batches if sequence in batch.sequences]:
+            self.rollback(batch)
 
-    def _blocks_of(self, row: int) -> npt.NDArray[np.int32]:
-        return self._tables[row, : self._num_blocks[row]] - 1
-
-    def _new_sequence(self, root: Node, length: int, blocks: npt.NDArray[np.int32]) -> CachedSequence:
-        if not self._free_rows:
-            self._add_rows()
-        self._widen(len(blocks))
+    def _new_sequence(
+        self, root: Node, blocks: npt.NDArray[np.int32], length: int, prompt: npt.NDArray[np.int32]
+    ) -> CachedSequence:
+        row = self._rows.add(blocks, length)
         self._pool.share(blocks)
-        row = self._free_rows.pop()
-        self._tables[row, : len(blocks)] = blocks + 1
-        self._num_blocks[row] = len(blocks)
-        self._lengths[row] = length
-        sequence = CachedSequence(self, row, root, length)
+        sequence = CachedSequence(self, row, root, length, prompt)
         self._sequences.add(sequence)
         return sequence
-
-    def _add_rows(self) -> None:
-        had, width = len(self._lengths), self._tables.shape[1]
-        more = max(8, had)
-        self._resize_tables(had + more, width)
-        self._lengths, self._num_blocks, self._tails, self._is_open = (
-            np.concatenate([rows, np.zeros((more, *rows.shape[1:]), rows.dtype)])
-            for rows in (self._lengths, self._num_blocks, self._tails, self._is_open)
-        )
-        self._free_rows = list(range(had, had + more))[::-1]
-
-    def _widen(self, max_blocks: int) -> None:
-        """Give all tables at least ``max_blocks`` columns."""
-        height, width = self._tables.shape
-        if max_blocks > width:
-            self._resize_tables(height, max(max_blocks, min(2 * width, self._pool.num_blocks)))
-
-    def _resize_tables(self, height: int, width: int) -> None:
-        tables = _lazy_zeros(height, width)
-        for row, num_blocks in enumerate(self._num_blocks.tolist()):
-            tables[row, :num_blocks] = self._tables[row, :num_blocks]
-        self._tables = tables
-
-    def _chunks(self, tokens: npt.NDArray[np.int32]) -> list[bytes]:
-        """Tokens that fill blocks, as the bytes of each block."""
-        return tokens.view(f"V{tokens.itemsize * self._block_size}").tolist() if len(tokens) else []
 
     def _rows_of(self, sequences: tuple[CachedSequence, ...]) -> _Ints:
         """Where the sequences are, if all of them are this manager's and in no open batch."""
@@ -534,7 +401,7 @@ class KVCacheManager:
         except AttributeError:
             kinds = sorted({type(sequence).__name__ for sequence in sequences} - {"CachedSequence"})
             raise TypeError(f"expected sequences, which add() returns, got {', '.join(kinds)}") from None
-        is_open = self._is_open[rows]
+        is_open = self._rows.is_open[rows]
         if is_open.any():
             raise ValueError(f"{sequences[is_open.argmax()]!r} is in an open batch; commit it or roll it back first")
         return rows
@@ -550,25 +417,16 @@ class KVCacheManager:
         if any(batch._buffers is buffers for batch in self._batches):
             raise ValueError("these buffers are those of an open batch; commit it or roll it back first")
 
-    def _check_prompt(self, sequence: CachedSequence, batch: Batch) -> None:
-        """Refuse a whole prompt behind that part of it which was found."""
-        i = batch.sequences.index(sequence)
-        first, start, count = int(batch._first[i]), int(batch._starts[i]), int(batch._counts[i])
-        prompt = self._uncounted[sequence]
-        if start and start == sequence._num_cached and np.array_equal(batch._tokens[first : first + count], prompt):
-            raise ValueError(
-                f"{start} of the prompt's {count} tokens are in the cache already, and would be there twice; "
-                "give prepare the others, prompt[sequence.num_cached_tokens:]"
-            )
-
-    def _count(self, sequence: CachedSequence, start: int) -> None:
+    def _count(self, sequence: CachedSequence, new: NewTokens, ends: _Ints) -> None:
         """Count a prompt, the first time that its sequence grows."""
-        prompt = self._uncounted.pop(sequence, None)
-        if prompt is not None:
+        i = int(np.flatnonzero(new.rows == sequence._row)[0])
+        start = int(new.starts[i])
+        if ends[i] > start:
             saved = min(start, sequence._num_cached)
+            self._uncounted.remove(sequence)
             self._prompts += 1
             self._hits += saved > 0
-            self._prompt_tokens += len(prompt)
+            self._prompt_tokens += len(sequence._prompt)
             self._tokens_saved += saved
 
     def _check_open(self, batch: Batch) -> None:
@@ -581,7 +439,7 @@ class KVCacheManager:
 
     def _accepted(self, batch: Batch, accepted: Mapping[CachedSequence, int]) -> _Ints:
         """How many new tokens of each sequence are kept."""
-        kept = batch._counts.copy()
+        kept = batch._new.counts.copy()
         index = {sequence: i for i, sequence in enumerate(batch.sequences)}
         for sequence, count in accepted.items():
             if sequence not in index:
@@ -593,59 +451,19 @@ class KVCacheManager:
         return kept
 
     def _remember(self, batch: Batch, ends: _Ints) -> None:
-        """Let the blocks that a batch fills be found, and keep the tokens in last blocks that are not full."""
-        size, remember = self._block_size, self._pool.remember
-        begun, full = batch._starts // size, ends // size
-        # The tokens that go on where a block was begun, of all sequences at once: in a decode step these are all.
-        inside = batch._positions < np.minimum(ends, (begun + 1) * size)[batch._index]
-        self._tails[batch._rows[batch._index[inside]], batch._positions[inside] % size] = batch._tokens[inside]
-
-        filling = np.flatnonzero(full > begun)
-        rows, columns = batch._rows[filling], begun[filling]
-        blocks = (self._tables[rows, columns] - 1).tolist()
-        before = (self._tables[rows, np.maximum(columns - 1, 0)] - 1).tolist()
-        chunks = self._chunks(self._tails[rows].ravel())
-        goes_on = (ends[filling] > (columns + 1) * size).tolist()
-        for j, i in enumerate(filling.tolist()):
-            column = columns[j]
-            node = self._pool.node_of(before[j]) if column else batch.sequences[i]._root
-            node = remember(blocks[j], node, chunks[j])
-            if goes_on[j]:
-                first = batch._first[i] - batch._starts[i]  # where position 0 of the sequence would be in the batch
-                rest = batch._tokens[first + (column + 1) * size : first + ends[i]]
-                later = self._tables[rows[j], column + 1 : full[i]] - 1
-                whole = len(later) * size
-                for block, chunk in zip(later.tolist(), self._chunks(rest[:whole]), strict=True):
-                    node = remember(block, node, chunk)
-                self._tails[rows[j], : len(rest) - whole] = rest[whole:]
+        """Let the blocks that a batch fills be found."""
+        for i, before, blocks, chunks in self._rows.filled(batch._new, ends):
+            node = batch.sequences[i]._root if before is None else self._pool.node_of(before)
+            for block, chunk in zip(blocks, chunks, strict=True):
+                node = self._pool.remember(block, node, chunk)
 
     def _close(self, batch: Batch, end: str) -> None:
-        rows = batch._rows
-        for row in rows[self._num_blocks[rows] > -(-self._lengths[rows] // self._block_size)].tolist():
-            self._shrink(row)
-        self._is_open[rows] = False
+        in_rows = batch._new.rows
+        for row in self._rows.with_room_to_spare(in_rows):
+            self._pool.release(self._rows.shrink(row))
+        self._rows.is_open[in_rows] = False
         self._batches.remove(batch)
         batch._end = end
-
-
-def _ranges(starts: _Ints, counts: _Ints) -> _Ints:
-    """``starts[i]``, ``starts[i] + 1``, … ``starts[i] + counts[i] − 1`` for each i, one behind the other."""
-    first = np.cumsum(counts) - counts
-    shifts: _Ints = np.repeat(starts - first, counts)
-    return np.arange(len(shifts)) + shifts
-
-
-def _lazy_zeros(height: int, width: int) -> npt.NDArray[np.int32]:
-    """Zeros ``[height, width]`` that take memory where something else is written, a small page at a time.
-
-    NumPy asks for huge pages, of which each of thousands of short rows would take one, as soon as one row is long.
-    """
-    if not (height * width and hasattr(mmap, "MADV_NOHUGEPAGE")):  # Linux has it
-        return np.zeros((height, width), np.int32)
-    memory = mmap.mmap(-1, 4 * height * width, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # of a kernel that has no huge pages
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, np.int32).reshape(height, width)
 
 
 def _as_tokens(tokens: Any) -> npt.NDArray[np.int32]:

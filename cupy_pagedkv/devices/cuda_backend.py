@@ -107,11 +107,13 @@ class PinnedStaging:
         self._backend = backend
         self._in_flight: deque[tuple[Any, npt.NDArray[np.uint8]]] = deque()  # (event behind the copy, its memory)
 
-    def empty(self, num_bytes: int) -> npt.NDArray[np.uint8]:
-        """Pinned memory, to be filled and given to :meth:`send`."""
+    def zeros(self, num_bytes: int) -> npt.NDArray[np.uint8]:
+        """Zeros in pinned memory, to be filled and given to :meth:`send`."""
         while self._in_flight and self._in_flight[0][0].done:
             self._in_flight.popleft()
-        return self._backend.empty_pinned(num_bytes)
+        staged = self._backend.empty_pinned(num_bytes)
+        staged[:] = 0
+        return staged
 
     def send(self, staged: npt.NDArray[np.uint8], device: Any, out: Any = None) -> Any:
         """``staged`` on ``device``, or in ``out`` there, once the current stream gets to it."""

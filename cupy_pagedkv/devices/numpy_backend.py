@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from ..bookkeeping.memory import lazy_zeros
+from ..bookkeeping.ranges import ranges
 from . import threads
 from .layout import Items, Layout, Pools
 from .threads import Job
@@ -104,22 +106,20 @@ def _read_slots(tokens: _Array, pool: _Array, items: Items | None, blocks: _Arra
 
 
 def _places(
-    block_tables: _Array, seq_lens: _Array, seq_starts: _Array | None, num_rows: int, block_size: int
+    block_tables: _Array, seq_lens: _Array, seq_starts: _Array | None, block_size: int
 ) -> tuple[_Array, _Array]:
-    """(blocks, offsets) of the tokens of all sequences, ``[num_rows]`` each."""
+    """(blocks, offsets) of the tokens of all sequences, one behind the other."""
     starts = np.zeros_like(seq_lens) if seq_starts is None else seq_starts
     counts = seq_lens - starts
-    first_rows = np.cumsum(counts) - counts
-    positions = np.arange(num_rows) + np.repeat(starts - first_rows, counts)
-    columns, offsets = np.divmod(positions, block_size)
+    columns, offsets = np.divmod(ranges(starts, counts), block_size)
     return block_tables[np.repeat(np.arange(len(counts)), counts), columns], offsets
 
 
 class HostStaging:
     """The way of bytes from the host to the host, which is none unless they have to be in a certain place."""
 
-    def empty(self, num_bytes: int) -> _Array:
-        return np.empty(num_bytes, np.uint8)
+    def zeros(self, num_bytes: int) -> _Array:
+        return lazy_zeros(num_bytes)
 
     def send(self, staged: _Array, device: str, out: _Array | None = None) -> _Array:
         if out is None:
@@ -219,7 +219,7 @@ class NumpyBackend(HostArrays):
         num_seqs = len(seq_lens)
         num_bytes = num_rows * layout.token_bytes * layout.num_layers
         if num_seqs > _FEW_SEQUENCES and num_rows < num_seqs * _WORTHWHILE_TOKENS:
-            blocks, offsets = _places(block_tables, seq_lens, seq_starts, num_rows, block_size)
+            blocks, offsets = _places(block_tables, seq_lens, seq_starts, block_size)
             threads.run(
                 [
                     functools.partial(_read_slots, tokens[:num_rows], pool, items, blocks, offsets)

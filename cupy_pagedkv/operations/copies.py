@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ..bookkeeping.ranges import ranges
 from ..devices import backend as devices
 from ..devices.backend import Backend, backend_of
 from ..devices.layout import layout_of, pools_of
@@ -29,6 +30,8 @@ IndexArray: TypeAlias = Any
 """A list, a NumPy array, or an array where the pools are; int32 or int64."""
 
 _INDEX_DTYPES = frozenset((np.dtype(np.int32), np.dtype(np.int64)))
+
+_WIDE = 2**16  # entries of block tables, to look at which takes as long as to find out which are needed
 
 # Names that errors give to arguments.
 _TOKENS = ("key", "value")
@@ -269,18 +272,22 @@ def _check_blocks(
     num_blocks: int,
     block_size: int,
 ) -> None:
-    if _all_below(num_blocks, tables):
+    if tables.size < _WIDE and _all_below(num_blocks, tables):
         return
-    # Some entry is no block of the pool, which is as it should be where no sequence needs it.
-    starts = np.zeros_like(lens) if starts is None else starts
-    columns = np.arange(tables.shape[1])
-    needed = (columns >= starts[:, None] // block_size) & (columns < -(-lens[:, None] // block_size))
-    wrong = needed & (starts < lens)[:, None] & ((tables < 0) | (tables >= num_blocks))
-    if wrong.any():
-        i, column = np.argwhere(wrong)[0].tolist()
+    # Only what a sequence needs has to be a block of the pool. Where one is long, most of a table is padding.
+    first = np.zeros_like(lens) if starts is None else starts // block_size
+    counts = -(-lens // block_size) - first
+    if starts is not None:
+        counts[starts >= lens] = 0
+    columns = ranges(first, counts)
+    needed = tables[np.repeat(np.arange(len(lens)), counts), columns]
+    if not _all_below(num_blocks, needed):
+        wrong = int(np.argmax((needed < 0) | (needed >= num_blocks)))
+        i, column = int(np.searchsorted(np.cumsum(counts), wrong, "right")), columns[wrong]
+        start = 0 if starts is None else starts[i]
         raise IndexError(
-            f"block_tables[{i}, {column}] is {tables[i, column]}, but the pool has blocks 0 to {num_blocks - 1}; "
-            f"sequence {i} needs it for positions {starts[i]} to {lens[i] - 1}"
+            f"block_tables[{i}, {column}] is {needed[wrong]}, but the pool has blocks 0 to {num_blocks - 1}; "
+            f"sequence {i} needs it for positions {start} to {lens[i] - 1}"
         )
 
 
