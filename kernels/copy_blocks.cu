@@ -11,38 +11,25 @@
 //            32 * UNROLL accesses of a block; x * warps a block >= num_pairs * slices of the longer block.
 // Defined by the launch code: SRC_T, DST_T, ACCESS_T, UNROLL, K_OUTER, K_INNER, K_RUN, V_OUTER, V_INNER, V_RUN.
 
+#include "rows.cuh"
+
 template <int OUTER, int INNER, int RUN>
-__device__ __forceinline__ void copy_slice(
+__device__ __forceinline__ void copy_block(
     char* pool, long long block_stride, long long outer_stride, long long inner_stride,
     const char* __restrict__ src, long long src_stride, const char* __restrict__ dst, long long dst_stride,
     long long num_pairs, long long num_blocks)
 {
-    constexpr int BLOCK = OUTER * INNER * RUN;
-    constexpr int SLICES = (BLOCK + 32 * UNROLL - 1) / (32 * UNROLL);
-    const long long warp = blockIdx.x * (long long)(blockDim.x / 32) + threadIdx.x / 32;
-    const long long pair = warp / SLICES;
-    const int first = (int)(warp % SLICES) * (32 * UNROLL) + threadIdx.x % 32;
+    using Block = Runs<OUTER, INNER, RUN, char>;
+    constexpr int SLICES = slices_of(Block::ROW);
+    const long long pair = warp_of_grid() / SLICES;
     if (pair >= num_pairs) return;
 
     const long long from = *(const SRC_T*)(src + pair * src_stride);
     const long long to = *(const DST_T*)(dst + pair * dst_stride);
     if (from < 0 || from >= num_blocks || to < 0 || to >= num_blocks) return;
-
-    ACCESS_T loaded[UNROLL];
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u) {
-        const int i = first + u * 32, run = i / RUN;
-        if (i < BLOCK)
-            loaded[u] = *(const ACCESS_T*)(pool + from * block_stride + run / INNER * outer_stride
-                                           + run % INNER * inner_stride + i % RUN * (int)sizeof(ACCESS_T));
-    }
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u) {
-        const int i = first + u * 32, run = i / RUN;
-        if (i < BLOCK)
-            *(ACCESS_T*)(pool + to * block_stride + run / INNER * outer_stride + run % INNER * inner_stride
-                         + i % RUN * (int)sizeof(ACCESS_T)) = loaded[u];
-    }
+    Carried carried((int)(warp_of_grid() % SLICES), Block::ROW);
+    carried.load(Block{pool + from * block_stride, 0, outer_stride, inner_stride});
+    carried.store(Block{pool + to * block_stride, 0, outer_stride, inner_stride});
 }
 
 extern "C" __global__ void __launch_bounds__(128, 6) copy_blocks(
@@ -53,9 +40,9 @@ extern "C" __global__ void __launch_bounds__(128, 6) copy_blocks(
 {
     const long long layer = blockIdx.z;
     if (blockIdx.y == 0)
-        copy_slice<K_OUTER, K_INNER, K_RUN>(k_cache + layer * k_layer, k_block, k_outer, k_inner, src, src_stride, dst,
+        copy_block<K_OUTER, K_INNER, K_RUN>(k_cache + layer * k_layer, k_block, k_outer, k_inner, src, src_stride, dst,
                                             dst_stride, num_pairs, num_blocks);
     else
-        copy_slice<V_OUTER, V_INNER, V_RUN>(v_cache + layer * v_layer, v_block, v_outer, v_inner, src, src_stride, dst,
+        copy_block<V_OUTER, V_INNER, V_RUN>(v_cache + layer * v_layer, v_block, v_outer, v_inner, src, src_stride, dst,
                                             dst_stride, num_pairs, num_blocks);
 }

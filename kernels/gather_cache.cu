@@ -20,6 +20,8 @@
 // Six blocks a multiprocessor (the second launch bound) leave a thread 80 registers, of which it takes up to 72. Without
 // it ptxas aims at ten and spills for sm_80 and sm_90.
 
+#include "rows.cuh"
+
 constexpr unsigned ALL = 0xffffffffu;
 
 // The positions that one sequence contributes, and the blocks they lie in.
@@ -93,31 +95,13 @@ __device__ __forceinline__ void copy_slice(
     char* __restrict__ rows, long long token_stride, long long head_stride, long long dim_stride,
     const char* __restrict__ pool, long long block_stride, long long slot_stride, long long pool_head_stride)
 {
-    constexpr int ROW = HEADS * RUNS * RUN;
-    const int accesses = segment.tokens * ROW;
-    const int first = slice * (32 * UNROLL) + threadIdx.x % 32;
-    const bool inside = block >= 0 && block < num_blocks;
-    const char* src = pool + (inside ? block * block_stride : 0) + segment.offset * slot_stride;
-    char* dst = rows + segment.row * token_stride;
-
-    ACCESS_T loaded[UNROLL] = {};
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u) {
-        const int i = first + u * 32, token = i / ROW, head = i % ROW / (RUN * RUNS);
-        if (inside && i < accesses)
-            loaded[u] = *(const ACCESS_T*)(src + token * slot_stride + head * pool_head_stride
-                                           + i % (RUN * RUNS) * (int)sizeof(ACCESS_T));
-    }
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u) {
-        const int i = first + u * 32, token = i / ROW, run = i % ROW / RUN, head = run / RUNS;
-        if (i < accesses)
-            *(ACCESS_T*)(dst + token * token_stride + head * head_stride + run % RUNS * dim_stride
-                         + i % RUN * (int)sizeof(ACCESS_T)) = loaded[u];
-    }
+    using Row = Runs<HEADS, RUNS, RUN, char>;
+    using Slot = Runs<HEADS, 1, RUNS * RUN, const char>;
+    Carried carried(slice, segment.tokens * Row::ROW);
+    if (block >= 0 && block < num_blocks)
+        carried.load(Slot{pool + block * block_stride + segment.offset * slot_stride, slot_stride, pool_head_stride, 0});
+    carried.store(Row{rows + segment.row * token_stride, token_stride, head_stride, dim_stride});
 }
-
-__device__ constexpr int slices_of(int row) { return (BLOCK_SIZE * row + 32 * UNROLL - 1) / (32 * UNROLL); }
 
 extern "C" __global__ void __launch_bounds__(128, 6) gather_cache(
     char* key, char* value, const char* k_cache, const char* v_cache,
@@ -129,8 +113,9 @@ extern "C" __global__ void __launch_bounds__(128, 6) gather_cache(
     const char* seq_lens, long long lens_stride, const char* seq_starts, long long starts_stride,
     long long num_seqs, long long num_rows, long long num_blocks)
 {
-    constexpr int K_SLICES = slices_of(K_HEADS * K_RUNS * K_RUN), V_SLICES = slices_of(V_HEADS * V_RUNS * V_RUN);
-    const long long warp = blockIdx.x * (long long)(blockDim.x / 32) + threadIdx.x / 32;
+    constexpr int K_SLICES = slices_of(BLOCK_SIZE * K_HEADS * K_RUNS * K_RUN);
+    constexpr int V_SLICES = slices_of(BLOCK_SIZE * V_HEADS * V_RUNS * V_RUN);
+    const long long warp = warp_of_grid();
     const long long layer = blockIdx.z;
     const bool of_k = blockIdx.y == 0;
     const Segment segment = find_segment(of_k ? warp / K_SLICES : warp / V_SLICES, seq_lens, lens_stride, seq_starts,

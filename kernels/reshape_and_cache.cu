@@ -12,11 +12,12 @@
 //            slices of the longer row.
 // Defined by the launch code: SLOT_T, ACCESS_T, UNROLL, BLOCK_SIZE, K_HEADS, K_RUNS, K_RUN, V_HEADS, V_RUNS, V_RUN.
 //
-// A warp reads its slot once and has up to UNROLL loads in flight before its first store; the loads do not wait for
-// the slot. BLOCK_SIZE and the row are constants, so no division is left but multiplications and shifts.
+// A warp reads its slot once, and its loads do not wait for it.
 //
 // Six blocks a multiprocessor (the second launch bound) leave a thread 80 registers, of which it takes up to 72. With
 // eight, rows of 1,152 accesses of 16 bytes spilled for sm_90; without a bound ptxas at times aims at more blocks still.
+
+#include "rows.cuh"
 
 template <int HEADS, int RUNS, int RUN>
 __device__ __forceinline__ void scatter_rows(
@@ -24,32 +25,17 @@ __device__ __forceinline__ void scatter_rows(
     char* __restrict__ pool, long long block_stride, long long slot_stride, long long pool_head_stride,
     const char* __restrict__ slot_mapping, long long slot_mapping_stride, long long num_tokens, long long num_slots)
 {
-    constexpr int ROW = HEADS * RUNS * RUN;
-    constexpr int SLICES = (ROW + 32 * UNROLL - 1) / (32 * UNROLL);
-    const long long warp = blockIdx.x * (long long)(blockDim.x / 32) + threadIdx.x / 32;
-    const long long token = warp / SLICES;
-    const int first = (int)(warp % SLICES) * (32 * UNROLL) + threadIdx.x % 32;
+    using Row = Runs<HEADS, RUNS, RUN, const char>;
+    using Slot = Runs<HEADS, 1, RUNS * RUN, char>;
+    constexpr int SLICES = slices_of(Row::ROW);
+    const long long token = warp_of_grid() / SLICES;
     if (token >= num_tokens) return;
 
     const long long slot = *(const SLOT_T*)(slot_mapping + token * slot_mapping_stride);
-    const char* src = rows + token * token_stride;
-    ACCESS_T loaded[UNROLL];
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u) {
-        const int i = first + u * 32, run = i / RUN, head = run / RUNS;
-        if (i < ROW)
-            loaded[u] = *(const ACCESS_T*)(src + head * head_stride + run % RUNS * dim_stride
-                                           + i % RUN * (int)sizeof(ACCESS_T));
-    }
-
+    Carried carried((int)(warp_of_grid() % SLICES), Row::ROW);
+    carried.load(Row{rows + token * token_stride, 0, head_stride, dim_stride});
     if (slot < 0 || slot >= num_slots) return;
-    char* dst = pool + slot / BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * slot_stride;
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u) {
-        const int i = first + u * 32, head = i / (RUN * RUNS);
-        if (i < ROW)
-            *(ACCESS_T*)(dst + head * pool_head_stride + i % (RUN * RUNS) * (int)sizeof(ACCESS_T)) = loaded[u];
-    }
+    carried.store(Slot{pool + slot / BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * slot_stride, 0, pool_head_stride, 0});
 }
 
 extern "C" __global__ void __launch_bounds__(128, 6) reshape_and_cache(
