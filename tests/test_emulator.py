@@ -225,3 +225,31 @@ def test_the_order_of_compilers(monkeypatch, tmp_path):
     (tmp_path / "c++").symlink_to(tmp_path / "g++")
     assert emulator._compiler(None, f"{tmp_path}")[0] == (f"{tmp_path}/g++",)  # remembered for this PATH
     assert emulator._compiler(None, f"{tmp_path}/")[0] == (f"{tmp_path}/c++",)
+
+
+@pytest.mark.parametrize("fibers", ["", "__syncthreads();"], ids=["threads", "fibers"])
+@pytest.mark.parametrize(("type", "alignment"), [("uint4", 16), ("uint2", 8), ("int", 4), ("unsigned short", 2)])
+def test_a_misaligned_access_stops(fibers, type, alignment):
+    kernel = RawKernel(
+        f"""#line 1 "kernels/f.cu"
+        extern "C" __global__ void f(const char* from, char* to) {{
+            {fibers}
+            {type} x = *(const {type}*)(from + threadIdx.x * 16);
+            *({type}*)(to + threadIdx.x * 16) = x;
+        }}""",
+        "f",
+    )
+    memory = np.empty(256, np.uint8)
+    memory = memory[-memory.ctypes.data % 16 :][:192]
+    memory[:] = np.arange(192)
+    source, target = memory[:96], memory[96:]
+    before = memory.copy()
+    for source_offset, target_offset, line in ((alignment // 2, 0, 4), (0, alignment // 2, 5)):
+        with pytest.raises(RuntimeError) as error:
+            kernel((2,), (3,), (source[source_offset:], target[target_offset:]))
+        address = source[source_offset:].ctypes.data if line == 4 else target[target_offset:].ctypes.data
+        assert f"f: kernels/f.cu:{line}: thread (0, 0, 0) of block (0, 0, 0) accesses " in str(error.value)
+        assert f"at address {address:#x}, which is not a multiple of {alignment}" in str(error.value)
+        assert memory.tobytes() == before.tobytes()
+    kernel((1,), (3,), (source, target))  # and the next launch is as if nothing had happened
+    assert all(target[i * 16] == source[i * 16] for i in range(3))

@@ -2,10 +2,14 @@
 // barriers, warp shuffles and votes. emulator.py includes this file ahead of the kernel's source and appends
 // EMULATED_KERNEL(name). A kernel that needs more of CUDA finds the place to add it here.
 //
+// A misaligned access, which a GPU refuses, ends the launch with an error: the compiler checks each access
+// (-fsanitize=alignment, at compile time only; no library of its is linked) and calls a function that stands here.
+//
 // Thread blocks run one after another. Where the source has no barrier, shuffle or vote, so do the threads of a block,
 // each to its end; where it has one (EMULATED_FIBERS), each thread is a fiber that a collective call suspends.
 
 #pragma once
+#include <csetjmp>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -43,7 +47,32 @@ inline void become(unsigned i) {
 
 inline unsigned threads_of_block() { return blockDim.x * blockDim.y * blockDim.z; }
 
+[[noreturn]] inline void stop();  // the thread that runs, and with it the launch, whose error has been set
+
 }  // namespace emulated
+
+// What the compiler passes of an access: its beginning, as GCC's and Clang's runtime libraries declare it
+// (compiler-rt/lib/ubsan/ubsan_handlers.h, TypeMismatchData).
+struct CheckedType {
+    std::uint16_t kind, info;
+    char name[];
+};
+struct CheckedAccess {
+    const char* file;
+    std::uint32_t line, column;
+    const CheckedType* type;
+    unsigned char log_alignment, kind;
+};
+
+extern "C" __attribute__((used, visibility("hidden"), noreturn)) void __ubsan_handle_type_mismatch_v1_abort(
+    CheckedAccess* access, std::uintptr_t address)
+{
+    std::snprintf(emulated::error, sizeof emulated::error,
+                  "%s:%u: thread (%u, %u, %u) of block (%u, %u, %u) accesses %s at address 0x%zx, which is not a "
+                  "multiple of %u", access->file, access->line, threadIdx.x, threadIdx.y, threadIdx.z, blockIdx.x,
+                  blockIdx.y, blockIdx.z, access->type->name, (std::size_t)address, 1u << access->log_alignment);
+    emulated::stop();
+}
 
 #ifdef EMULATED_FIBERS
 
@@ -80,6 +109,10 @@ static thread_local struct {
 } block;
 
 inline void suspend() { swapcontext(&block.fibers[block.current].context, &block.scheduler); }
+
+inline void stop() {
+    for (;;) suspend();  // after an error, no thread is run again
+}
 
 // Lets the lanes of a collective go on, if all have come.
 inline void complete(Warp& warp) {
@@ -223,7 +256,12 @@ namespace emulated {
 
 struct Memory {};
 
+static thread_local std::jmp_buf stopped;
+
+inline void stop() { std::longjmp(stopped, 1); }
+
 inline void run_block(void (*kernel)(void*), void* arguments) {
+    if (setjmp(stopped)) return;
     for (unsigned i = 0; i < threads_of_block(); ++i) {
         become(i);
         kernel(arguments);

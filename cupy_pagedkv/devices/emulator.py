@@ -65,8 +65,9 @@ def _cache_folder() -> Path:
 def _compile(code: str, name: str, options: tuple[str, ...]) -> Path:
     """Compile ``code``, unless the cache folder holds the result of the same text, flags and compiler."""
     command, version = _compiler(os.environ.get("CXX"), os.environ.get("PATH"))
-    flags = ["-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-fno-strict-aliasing", *options]
-    flags += shlex.split(os.environ.get("CXXFLAGS", ""))
+    own_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
+    flags = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", *options, *own_flags]
+    flags += ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
     if any(collective in code for collective in _COLLECTIVES):
         flags.append("-DEMULATED_FIBERS")
     source = f'{code}\n#line 1 "launcher of {name}"\nEMULATED_KERNEL({name})\n'
@@ -76,16 +77,15 @@ def _compile(code: str, name: str, options: tuple[str, ...]) -> Path:
         library.parent.mkdir(parents=True, exist_ok=True)
         # Compiled beside its place and moved there whole, so that two processes can do it at once.
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            built = Path(folder) / library.name
-            compilation = subprocess.run(
-                [*command, *flags, "-include", str(_SHIM), "-x", "c++", "-", "-o", str(built)],
-                input=source,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if compilation.returncode:
-                raise CompileError(f"{command[0]} could not compile the kernel {name}:\n{compilation.stderr}")
+            built, compiled = Path(folder) / library.name, Path(folder) / "compiled.o"
+            # Two steps, since -fsanitize would link a library whose work emulator.hpp does.
+            for step in (
+                [*flags, "-include", str(_SHIM), "-x", "c++", "-c", "-", "-o", str(compiled)],
+                [*own_flags, "-shared", str(compiled), "-o", str(built)],
+            ):
+                run = subprocess.run([*command, *step], input=source, capture_output=True, text=True, check=False)
+                if run.returncode:
+                    raise CompileError(f"{command[0]} could not compile the kernel {name}:\n{run.stderr}")
             built.replace(library)
     return library
 
