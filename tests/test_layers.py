@@ -120,10 +120,18 @@ def test_what_is_refused(device, rng):
     xp = device.xp
     tokens = xp.zeros((3, 6, 2, 5), np.float16)
     for wrong in (tokens[:2], tokens[0], tokens[None], tokens[:, :, :1], tokens[..., :4]):
-        with pytest.raises(ValueError, match=r"value must be \[3, num_tokens, 2, 5\], as v_cache is"):
+        with pytest.raises(ValueError, match=r"^values must be \[3, num_tokens, 2, 5\], as v_cache is"):
             cache.update_all(tokens, wrong, SLOTS)
         with pytest.raises(ValueError, match=r"out\[0\] must be \[3, num_tokens, 2, 5\], as k_cache is"):
             cache.gather_all(TABLES, LENS, out=(wrong, tokens))
+        with pytest.raises(ValueError, match=r"^keys must be \[3, num_tokens, 2, 5\], as k_cache is"):
+            cache.update_all(wrong, tokens, SLOTS)
+    with pytest.raises(ValueError, match="^keys and values must have as many tokens as each other, got 6 and 5"):
+        cache.update_all(tokens, tokens[:, :5], SLOTS)
+    with pytest.raises(TypeError, match="^keys must have the dtype of k_cache, float16, got float32"):
+        cache.update_all(xp.zeros((3, 6, 2, 5), np.float32), tokens, SLOTS)
+    with pytest.raises(TypeError, match="^values must be a NumPy or CuPy array, got list"):
+        cache.update_all(tokens, [], SLOTS)
     with pytest.raises(ValueError, match="slot_mapping must have one entry for each of 6 tokens, got 3"):
         cache.update_all(tokens, tokens, [0, 1, 2])
     layers = xp.zeros((3, 4, 8, 2, 5), np.float16)

@@ -11,7 +11,7 @@ import oracle
 import pytest
 
 import cupy_pagedkv.devices.backend as backend
-from cupy_pagedkv import PagedKVCache, gather_cache, reshape_and_cache
+from cupy_pagedkv import PagedKVCache, copy_blocks, gather_cache, reshape_and_cache
 from cupy_pagedkv.bookkeeping.dtypes import as_dtype
 
 
@@ -51,6 +51,43 @@ def test_the_scene_itself_is_fine(device, rng):
     cache.update(key, key, [1, 5, 9])
     out = device.array(np.zeros((2, 5, 2, 4), np.float16))
     cache.gather([[0, 1], [2, -1]], [9, 2], seq_starts=[6, 0], out=(out[0], out[1]))
+
+
+def test_masked_arrays_are_refused_by_name(scene):
+    """Their mask would be lost in a pool; in indices it hides nothing."""
+    device, scatter, gather = scene
+    if device.name == "cupy":
+        pytest.skip("masked arrays are NumPy's")
+
+    def masked(array: np.ndarray) -> Any:
+        return np.ma.array(array, mask=np.ones(array.shape, bool))
+
+    for name in ("key", "value", "k_cache", "v_cache"):
+        message = rf"{name} must not be a masked array.*give {name}\.data or {name}\.filled\(0\)"
+        refused(reshape_and_cache, scatter, TypeError, message, **{name: masked(scatter[name])})
+    for name in ("k_cache", "v_cache"):
+        message = f"{name} must not be a masked array"
+        refused(gather_cache, gather, TypeError, message, **{name: masked(gather[name])})
+        refused(copy_blocks, {**gather_pools(gather), "src": [0], "dst": [1]}, TypeError, message,
+                **{name: masked(gather[name])})  # fmt: skip
+    key, value = gather["out"]
+    refused(gather_cache, gather, TypeError, r"out\[1\] must not be a masked array", out=(key, masked(value)))
+    with pytest.raises(TypeError, match="v_cache must not be a masked array"):
+        PagedKVCache.from_pools(scatter["k_cache"], masked(scatter["v_cache"]))
+
+
+def gather_pools(gather: dict[str, Any]) -> dict[str, Any]:
+    return {name: gather[name] for name in ("k_cache", "v_cache")}
+
+
+def test_a_memory_map_is_an_array(device, tmp_path):
+    if device.name == "cupy":
+        pytest.skip("memory maps are NumPy's")
+    key = np.memmap(tmp_path / "key", np.uint8, "w+", shape=(3, 1, 4))
+    key[...] = 7
+    cache = PagedKVCache(2, 4, 1, 4, np.uint8, "cpu")
+    cache.update(key, key, [0, 1, 5])
+    assert cache.k_cache[..., 0, 0].tolist() == [[7, 7, 0, 0], [0, 7, 0, 0]]
 
 
 def test_shapes_and_ranks(scene):

@@ -12,7 +12,7 @@ from ..bookkeeping.dtypes import as_dtype
 from ..bookkeeping.table import BlockTable
 from ..devices.backend import backend_of, backend_on
 from ..devices.layout import pools_of
-from ..operations.copies import Array, IndexArray, copy_blocks, gather_cache, reshape_and_cache
+from ..operations.copies import Array, IndexArray, copy_blocks, gather_cache, reshape_and_cache, scatter
 
 __all__ = ["LayeredPagedKVCache", "PagedKVCache"]
 
@@ -216,7 +216,7 @@ class LayeredPagedKVCache:
 
         Otherwise as :func:`~cupy_pagedkv.reshape_and_cache`.
         """
-        reshape_and_cache(keys, values, self._k_caches, self._v_caches, slot_mapping)
+        scatter(("keys", "values"), keys, values, self._k_caches, self._v_caches, slot_mapping)
 
     def gather_all(
         self,

@@ -57,13 +57,21 @@ def _host() -> Backend:
 def backend_of(names: tuple[str, ...], *arrays: Any) -> Backend:
     """The backend that works where all of ``arrays`` are; ``names`` are what an error calls them.
 
-    Raises ``TypeError`` for something that is no NumPy or CuPy array or a mixture of both, ``ValueError`` for arrays
-    on two GPUs.
+    Raises ``TypeError`` for something that is no NumPy or CuPy array, for a masked array and for a mixture of both,
+    ``ValueError`` for arrays on two GPUs.
     """
     for array in arrays:
-        if not isinstance(array, np.ndarray):
+        if type(array) is not np.ndarray:
             break
     else:
+        return _host()
+    if all(isinstance(array, np.ndarray) for array in arrays):  # a memory map, perhaps
+        for name, array in zip(names, arrays, strict=True):
+            if isinstance(array, np.ma.MaskedArray):
+                raise TypeError(
+                    f"{name} must not be a masked array, of which a pool cannot keep the mask; "
+                    f"give {name}.data or {name}.filled(0)"
+                )
         return _host()
     cupy = sys.modules.get("cupy")  # a CuPy array cannot exist where nobody imported CuPy
     cupy_array = cupy.ndarray if cupy is not None else ()

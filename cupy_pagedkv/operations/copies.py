@@ -21,7 +21,7 @@ from ..devices import backend as devices
 from ..devices.backend import Backend, backend_of
 from ..devices.layout import layout_of, pools_of
 
-__all__ = ["copy_blocks", "gather_cache", "reshape_and_cache"]
+__all__ = ["copy_blocks", "gather_cache", "reshape_and_cache", "scatter"]
 
 Array: TypeAlias = Any
 """A NumPy or CuPy array."""
@@ -34,10 +34,8 @@ _INDEX_DTYPES = frozenset((np.dtype(np.int32), np.dtype(np.int64)))
 _WIDE = 2**16  # entries of block tables, to look at which takes as long as to find out which are needed
 
 # Names that errors give to arguments.
-_TOKENS = ("key", "value")
 _OUT = ("out[0]", "out[1]")
 _POOLS = ("k_cache", "v_cache")
-_SCATTERED = (*_TOKENS, *_POOLS)
 _GATHERED = (*_OUT, *_POOLS)
 
 
@@ -58,11 +56,19 @@ def reshape_and_cache(key: Array, value: Array, k_cache: Array, v_cache: Array, 
     skipped; no check reads the device. On NumPy such a slot is an ``IndexError``, raised before anything is written.
     ``CUPY_PAGEDKV_DEBUG=1`` brings that check to the GPU, and a ``ValueError`` for a slot that comes twice to both.
 
-    Raises ``TypeError`` for arguments that are no arrays, for NumPy mixed with CuPy and for dtypes that do not agree;
+    Raises ``TypeError`` for arguments that are no arrays, for masked arrays, whose mask would be lost, for NumPy mixed
+    with CuPy and for dtypes that do not agree;
     ``ValueError`` for shapes that do not agree, for two GPUs, and for pools that cannot be written.
     """
-    backend = backend_of(_SCATTERED, key, value, k_cache, v_cache)
-    layout = layout_of(_TOKENS, key, value, k_cache, v_cache)
+    scatter(("key", "value"), key, value, k_cache, v_cache, slot_mapping)
+
+
+def scatter(
+    names: tuple[str, str], key: Array, value: Array, k_cache: Array, v_cache: Array, slot_mapping: IndexArray
+) -> None:
+    """:func:`reshape_and_cache`, whose errors call ``key`` and ``value`` by ``names``."""
+    backend = backend_of((*names, *_POOLS), key, value, k_cache, v_cache)
+    layout = layout_of(names, key, value, k_cache, v_cache)
     _check_writeable(_POOLS, k_cache, v_cache)
     slots = _indices("slot_mapping", slot_mapping, 1, backend, k_cache)
     num_tokens = layout.num_tokens
