@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-import bench
-from cupy_pagedkv.devices.emulator import RawKernel
+from benchmarks import cases, chores, kernels, output, timing
+from cupy_pagedkv.devices.emulator import EmulatedBackend, RawKernel
 
-ROOT = Path(bench.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(*arguments: str) -> str:
@@ -44,7 +44,7 @@ def test_a_run_on_the_cpu(tmp_path):
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
-def half_of(problem: bench.Problem, call: Any, tensor: int) -> Any:
+def half_of(problem: cases.Problem, call: Any, tensor: int) -> Any:
     """What `call` does, but not for K (0) or V (1)."""
     before = problem.pools[tensor].copy()
     result = np.array(call() or problem.out[:, 0])
@@ -53,15 +53,15 @@ def half_of(problem: bench.Problem, call: Any, tensor: int) -> Any:
     return result
 
 
-@pytest.mark.parametrize("operation", bench.OPERATIONS)
+@pytest.mark.parametrize("operation", cases.OPERATIONS)
 @pytest.mark.parametrize("tokens", [1, 40, 5000])
 def test_every_contender_does_the_same_and_a_wrong_one_is_found(operation, tokens):
     """With several sets of inputs, of which a run on a CPU has one: the first must not depend on the others."""
-    case = bench.Case(operation, 2, 6, "float16", tokens)
+    case = cases.Case(operation, 2, 6, "float16", tokens)
     for sets in (1, 3):
-        problem = bench.Problem(case, sets, np)
+        problem = cases.Problem(case, sets, np)
         expected = problem.expected()
-        calls = bench.contenders(problem)
+        calls = cases.contenders(problem)
         assert {"copy", "cupy_pagedkv", "indexing"} <= calls.keys()
         for name, of_sets in calls.items():
             assert len(of_sets) == sets
@@ -80,23 +80,23 @@ def test_every_contender_does_the_same_and_a_wrong_one_is_found(operation, token
 
 
 def test_measuring_verifies_first(monkeypatch):
-    case = bench.Case("scatter slots", 2, 6, "float16", 5)
-    assert bench.measure(case, np, 0.01).seconds.keys() >= {"copy", "cupy_pagedkv", "indexing"}
-    monkeypatch.setattr(bench, "indexing_calls", lambda problem, i: lambda: None)
+    case = cases.Case("scatter slots", 2, 6, "float16", 5)
+    assert timing.measure(case, np, 0.01).seconds.keys() >= {"copy", "cupy_pagedkv", "indexing"}
+    monkeypatch.setattr(cases, "indexing_calls", lambda problem, i: lambda: None)
     with pytest.raises(SystemExit, match="tokens=5: indexing is wrong in"):
-        bench.measure(case, np, 0.01)
+        timing.measure(case, np, 0.01)
 
 
 def test_the_table():
     """16 tokens of 8 x 128 float16 are 65,536 bytes of K and V, each read and written."""
     rows = [row("gather", 16, 10e-6, copy=4e-6, indexing=5e-6, torch=20e-6)]
-    header, line = bench.table(rows)
+    header, line = output.table(rows)
     assert header.split() == ["operation", "shape", "tokens", "µs", "GB/s", "of", "copy", "x", "indexing", "x", "torch"]
     assert line.split() == ["gather", "8x128", "float16", "16", "10.0", "13.1", "0.40", "0.50", "2.00"]
 
 
-def row(operation: str, tokens: int, ours: float, **others: float) -> bench.Row:
-    return bench.Row(bench.Case(operation, 8, 128, "float16", tokens), {"cupy_pagedkv": ours, **others})
+def row(operation: str, tokens: int, ours: float, **others: float) -> timing.Row:
+    return timing.Row(cases.Case(operation, 8, 128, "float16", tokens), {"cupy_pagedkv": ours, **others})
 
 
 def test_bars_on_a_cpu():
@@ -106,7 +106,7 @@ def test_bars_on_a_cpu():
         row("scatter blocks", 4096, 100.0, copy=84.0, indexing=110.0, torch=120.0),
         row("gather", 4096, 100.0, copy=86.0, indexing=110.0, torch=120.0),
     ]
-    lines = list(bench.bars(rows, on_gpu=False))
+    lines = list(output.bars(rows, on_gpu=False))
     assert lines == [
         "MISSED >= 0.85 of np.copyto from 4 MB, gather and slots through whole blocks: in 1 of 2; the least is 0.84, "
         "scatter blocks 8x128 float16 tokens=4096",
@@ -126,7 +126,7 @@ def test_bars_on_a_cpu():
 
 
 def test_bars_on_a_gpu():
-    def on_gpu(*arguments: Any, eager: tuple[float, float], **others: float) -> bench.Row:
+    def on_gpu(*arguments: Any, eager: tuple[float, float], **others: float) -> timing.Row:
         result = row(*arguments, **others)
         result.eager = {"cupy_pagedkv": eager[0], "bare launch": eager[1]}
         return result
@@ -135,7 +135,7 @@ def test_bars_on_a_gpu():
         on_gpu("scatter slots", 64, 2.0, copy=1.0, indexing=3.0, triton=2.5, **{"empty kernel": 1.6}, eager=(19.0, 10)),
         on_gpu("gather", 32768, 100.0, copy=96.0, indexing=99.0, eager=(21.0, 10)),
     ]
-    verdicts = [(line[:6], line.split("; ")[1].split(",")[0]) for line in bench.bars(rows, on_gpu=True)]
+    verdicts = [(line[:6], line.split("; ")[1].split(",")[0]) for line in output.bars(rows, on_gpu=True)]
     assert verdicts == [
         ("met   ", "the least is 0.96"),
         ("MISSED", "the least is 0.99"),
@@ -160,26 +160,26 @@ def test_the_manager_alone(tmp_path):
 
 
 def test_bars_of_the_manager():
-    good = bench.Chore("add", {"cupy_pagedkv": 1.0, "xxhash": 4.0}, {"xxhash": 4.0, "not installed": 9.0})
-    bad = bench.Chore("add", {"cupy_pagedkv": 1.0, "xxhash": 3.9}, {"xxhash": 4.0})
-    met, missed = bench.chore_bars([good, bad])
+    good = chores.Chore("add", {"cupy_pagedkv": 1.0, "xxhash": 4.0}, {"xxhash": 4.0, "not installed": 9.0})
+    bad = chores.Chore("add", {"cupy_pagedkv": 1.0, "xxhash": 3.9}, {"xxhash": 4.0})
+    met, missed = output.chore_bars([good, bad])
     assert met == "met    add >= 4 of xxhash: in 1 of 1; the least is 4.00, add"
     assert missed == "MISSED add >= 4 of xxhash: in 0 of 1; the least is 3.90, add"
 
 
 def test_a_decode_step_that_differs_is_found(monkeypatch):
-    monkeypatch.setattr(bench, "BLOCK_SIZE", 8)  # of the plain loop, and of the pool that is made for it
-    bench.decode_chore(3)
-    plain_step = bench.plain_step
+    monkeypatch.setattr(chores, "BLOCK_SIZE", 8)  # of the plain loop, and of the pool that is made for it
+    chores.decode_chore(3)
+    plain_step = chores.plain_step
 
     def wrong(*arguments: Any) -> Any:
         arrays = plain_step(*arguments)
         arrays[2][7] += 1
         return arrays
 
-    monkeypatch.setattr(bench, "plain_step", wrong)
+    monkeypatch.setattr(chores, "plain_step", wrong)
     with pytest.raises(SystemExit, match="decode: the manager and the plain loop disagree"):
-        bench.decode_chore(3)
+        chores.decode_chore(3)
 
 
 def test_rows_that_do_not_exist_are_refused():
@@ -206,11 +206,11 @@ def test_what_cannot_be_run_is_known_at_once(arguments, message):
     assert message in refused.stderr
 
 
-@pytest.mark.parametrize("kernel", bench.KERNELS)
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
 def test_common_shapes_have_wide_accesses_and_no_spills(kernel):
     pytest.importorskip("cuda.core", reason="cuda.core is not installed, which NVRTC is called through")
-    reports = bench.compiler_reports(kernel, [90], bench.SHAPES)
-    assert len(reports) == len(bench.SHAPES)
+    reports = kernels.compiler_reports(kernel, [90], cases.SHAPES)
+    assert len(reports) == len(cases.SHAPES)
     for label, report in reports.items():
         assert report.resources.stack == report.resources.spills == 0, label
         assert set(report.stores) == {128}, label
@@ -223,6 +223,7 @@ class Watched:
     def __init__(self, folder: Path, kernel: str) -> None:
         shutil.copytree(ROOT / "cupy_pagedkv", folder / "cupy_pagedkv")
         shutil.copytree(ROOT / "kernels", folder / "kernels")
+        shutil.copytree(ROOT / "benchmarks", folder / "benchmarks")
         (folder / "tests").mkdir()
         shutil.copy(ROOT / "tests" / "oracle.py", folder / "tests")
         shutil.copy(ROOT / "bench.py", folder)
@@ -320,14 +321,14 @@ def test_watch_needs_a_kernel():
 def test_the_check_of_each_kernel(monkeypatch, kernel, good, bad):
     """What --watch asks for a verdict."""
 
-    class Edited(bench.EmulatedBackend):
+    class Edited(EmulatedBackend):
         def _build_kernel(self, name, defines):
-            source = bench.source_of(name, defines)
+            source = kernels.source_of(name, defines)
             assert good in source
             return RawKernel(source.replace(good, bad), name)
 
-    with bench.emulated_by(bench.EmulatedBackend()):
-        assert bench.check_kernel(kernel, np) is None
-    with bench.emulated_by(Edited()):
-        wrong = bench.check_kernel(kernel, np)
+    with kernels.emulated_by(EmulatedBackend()):
+        assert kernels.check_kernel(kernel, np) is None
+    with kernels.emulated_by(Edited()):
+        wrong = kernels.check_kernel(kernel, np)
     assert re.match(r"\d+x\d+ \w+ \w+: \d+ of \d+ bytes differ, the first at \d+", wrong)

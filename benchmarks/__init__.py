@@ -1,0 +1,9 @@
+"""What bench.py runs: cases and contenders, their times, the manager's chores, reports on kernels, what is printed.
+
+Modules import one way: cases; timing and kernels of it; chores and watch of those; output last.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))  # for oracle.py

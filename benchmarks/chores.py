@@ -1,0 +1,168 @@
+"""The host's work for many sequences: the manager, against what one would write without it."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cupy_pagedkv import KVCacheManager, LayeredPagedKVCache
+
+from .cases import BLOCK_SIZE, OURS
+from .timing import in_turns
+
+try:
+    import xxhash
+except ImportError:
+    xxhash = None
+
+
+@dataclass
+class Chore:
+    """What was measured of the manager; times in seconds, medians, the manager's first."""
+
+    label: str
+    seconds: dict[str, float]
+    at_least: dict[str, float]
+    """How many times as fast as others the manager sets itself to be."""
+
+    def ratio_to(self, name: str) -> float:
+        return self.seconds[name] / self.seconds[OURS]
+
+
+def a_manager(num_blocks: int) -> KVCacheManager:
+    return KVCacheManager(LayeredPagedKVCache(1, num_blocks, BLOCK_SIZE, 1, 1, "uint8", "cpu"))
+
+
+class PlainSequence:
+    """As one would write it who has no manager: lists, and a loop over the sequences."""
+
+    def __init__(self, blocks: list[int], tokens: list[int]) -> None:
+        self.blocks, self.tokens = blocks, tokens
+
+
+def plain_step(sequences: Sequence[PlainSequence], new: Sequence[int], free: deque[int]) -> list[np.ndarray]:
+    slots, positions, lengths, firsts, tables = [], [], [], [0], []
+    for sequence in sequences:
+        position = len(sequence.tokens)
+        if position % BLOCK_SIZE == 0:
+            sequence.blocks.append(free.popleft())
+        slots.append(sequence.blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
+        positions.append(position)
+        lengths.append(position + 1)
+        firsts.append(firsts[-1] + 1)
+    longest = max(len(sequence.blocks) for sequence in sequences)
+    for sequence in sequences:
+        tables.append(sequence.blocks + [-1] * (longest - len(sequence.blocks)))
+    arrays = [np.array(slots, np.int64), np.array(positions, np.int64), np.array(lengths, np.int32)]
+    arrays += [np.array(firsts, np.int32), np.array(tables, np.int32)]
+    for sequence, token in zip(sequences, new, strict=True):
+        sequence.tokens.append(token)
+    return arrays
+
+
+def decode_chore(rounds: int) -> Chore:
+    """A token for each of 256 sequences, which grow from 200 to 2,000 tokens by one in each round."""
+    rng = np.random.default_rng(0)
+    manager = a_manager(60_000)
+    sequences, plain = [], []
+    for length in rng.integers(200, 2001, 256).tolist():
+        tokens = rng.integers(0, 100_000, length).tolist()
+        sequences.append(manager.add(tokens))
+        manager.commit(manager.prepare({sequences[-1]: tokens}))
+        plain.append(PlainSequence(sequences[-1].block_table.tolist(), tokens))
+    used = sum(len(sequence.blocks) for sequence in plain)
+    free = deque(range(used, 60_000))
+    new = rng.integers(0, 100_000, 256).tolist()
+    by_sequence = {sequence: [token] for sequence, token in zip(sequences, new, strict=True)}
+    arrays: dict[str, list[np.ndarray]] = {}
+
+    def ours() -> float:
+        start = time.perf_counter()
+        batch = manager.prepare(by_sequence)
+        manager.commit(batch)
+        seconds = time.perf_counter() - start
+        arrays[OURS] = [batch.slot_mapping, batch.positions, batch.seq_lens, batch.cu_seqlens, batch.block_tables]
+        return seconds
+
+    def a_loop() -> float:
+        start = time.perf_counter()
+        arrays["plain loop"] = plain_step(plain, new, free)
+        return time.perf_counter() - start
+
+    seconds = in_turns({OURS: ours, "plain loop": a_loop}, rounds)
+    for a, b in zip(*arrays.values(), strict=True):
+        if a.dtype != b.dtype or not np.array_equal(a, b):
+            raise SystemExit("decode: the manager and the plain loop disagree")
+    return Chore("prepare + commit, a token of 256 sequences", seconds, {"plain loop": 3.0})
+
+
+def add_chore(as_list: bool, rounds: int) -> Chore:
+    """A prompt of 16,384 tokens that is in the pool."""
+    prompt = np.random.default_rng(0).integers(0, 100_000, 16_384)
+    manager = a_manager(2000)
+    with manager.add(prompt) as sequence:
+        manager.commit(manager.prepare({sequence: prompt}))
+    tokens: Any = prompt.tolist() if as_list else prompt
+
+    def ours() -> float:
+        start = time.perf_counter()
+        sequence = manager.add(tokens)
+        seconds = time.perf_counter() - start
+        if sequence.num_cached_tokens != len(prompt) - BLOCK_SIZE:
+            raise SystemExit(f"add: {sequence.num_cached_tokens} tokens were found")
+        manager.free(sequence)
+        return seconds
+
+    def hashed() -> float:
+        """Each block's hash covers the one before, as nano-vllm has it."""
+        start = time.perf_counter()
+        hashes: list[int] = []
+        for i in range(0, len(tokens), BLOCK_SIZE):
+            h = xxhash.xxh64()
+            if hashes:
+                h.update(hashes[-1].to_bytes(8, "little"))
+            h.update(np.array(tokens[i : i + BLOCK_SIZE]).tobytes())
+            hashes.append(h.intdigest())
+        return time.perf_counter() - start
+
+    calls = {OURS: ours} if xxhash is None else {OURS: ours, "xxhash": hashed}
+    label = f"add, 16,384 tokens that hit, {'a list' if as_list else 'an array'}"
+    return Chore(label, in_turns(calls, rounds), {"xxhash": 2.0 if as_list else 4.0})
+
+
+def size_chore(rounds: int, sizes: tuple[int, int] = (1000, 1_000_000)) -> Chore:
+    """A prompt comes and goes in a pool in which each block is cached, so that as many have to be evicted."""
+
+    def in_pool(num_blocks: int) -> Callable[[], float]:
+        rng = np.random.default_rng(0)
+        manager = a_manager(num_blocks)
+        for _ in range(0, num_blocks, 1000):
+            tokens = rng.integers(0, 100_000, 1000 * BLOCK_SIZE)
+            with manager.add(tokens) as sequence:
+                manager.commit(manager.prepare({sequence: tokens}))
+
+        def come_and_go() -> float:
+            tokens = rng.integers(0, 100_000, 400)
+            start = time.perf_counter()
+            with manager.add(tokens) as sequence:
+                manager.commit(manager.prepare({sequence: tokens}))
+                for _ in range(10):
+                    manager.commit(manager.prepare({sequence: [1]}))
+            return time.perf_counter() - start
+
+        return come_and_go
+
+    small, large = sizes
+    seconds = in_turns({OURS: in_pool(large), f"{small:,} blocks": in_pool(small)}, rounds)
+    return Chore(f"a prompt of 400 tokens, 10 more, free, {large:,} blocks", seconds, {f"{small:,} blocks": 1 / 1.5})
+
+
+def chores(quick: bool) -> Iterator[Chore]:
+    rounds = 50 if quick else 300
+    yield decode_chore(rounds)
+    yield add_chore(False, rounds)
+    yield add_chore(True, rounds)
+    yield size_chore(rounds, (1000, 20_000 if quick else 1_000_000))
