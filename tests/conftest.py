@@ -1,5 +1,6 @@
 """One suite for three devices: the ``device`` fixture runs a test on NumPy, on the emulated device and on a GPU."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,9 +77,10 @@ def gpu() -> None:
 
 
 def skip_without_gpu() -> None:
+    """Where CUPY_PAGEDKV_REQUIRE_GPU=1 says that there has to be one, its want fails the test."""
     count, reason = backend._usable_gpus()
     if not count:
-        pytest.skip(f"no GPU: {reason}")
+        (pytest.fail if os.environ.get("CUPY_PAGEDKV_REQUIRE_GPU") == "1" else pytest.skip)(f"no GPU: {reason}")
 
 
 @pytest.fixture(params=["numpy", "emulated", "cupy"])

@@ -385,6 +385,7 @@ def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
 
 
 def test_a_progress_bar_on_a_terminal_alone(monkeypatch):
+    pytest.importorskip("tqdm", reason="tqdm is not installed, which draws the bar")
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
