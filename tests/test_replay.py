@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import cupy_pagedkv.replay.replay as replay_module
 from cupy_pagedkv import PagedKVCache
 from cupy_pagedkv.replay.command import main
 from cupy_pagedkv.replay.replay import MismatchError, OversizedRequestError, replay, token_bytes
+from cupy_pagedkv.replay.report import Step, as_text
 from cupy_pagedkv.replay.traces import Request, TraceError, read_trace, synthetic_trace
 
 TRACES = Path(__file__).parent.parent.parent / "shared" / "traces"
@@ -127,6 +130,139 @@ def test_what_is_written_depends_on_everything():
     words = np.frombuffer(b"".join(rows), np.uint16)
     assert Counter(words.tolist()).most_common(1)[0][1] < 6  # of heads and dims, too
     assert token_bytes(np.arange(3), np.arange(3), 0, 0, 7).shape == (3, 7)
+
+
+def test_a_clock_worked_by_hand():
+    """Each request takes the whole pool: the second, there from second 1 on, is admitted when the first is gone.
+
+    The first is admitted in step 1, computes a token in each of steps 2 to 5 and is freed; the second does so in steps
+    6 to 10. Each step takes a second.
+    """
+    steps: list[Step] = []
+    requests = [Request(50, 8, 4), Request(51, 8, 4)]
+    report = replay(requests, step_time=1, on_step=steps.append, **{**SMALL, "num_blocks": 3})
+    assert (report.steps, report.simulated_seconds, report.requests) == (10, 10, 2)
+    assert (report.first_token_mean, report.first_token_median) == (3, 3)  # 1 and 5
+    assert report.first_token_max == 5
+    assert report.first_token_p99 == pytest.approx(4.96)
+    assert (report.queue_mean, report.queue_max) == (0.4, 1)
+    assert [step.seconds for step in steps] == list(range(1, 11))
+    assert [step.waiting for step in steps] == [0, 1, 1, 1, 1, 0, 0, 0, 0, 0]
+    assert [step.running for step in steps] == [1, 1, 1, 1, 0, 1, 1, 1, 1, 0]
+    assert [step.live_blocks for step in steps] == [2, 3, 3, 3, 0, 2, 3, 3, 3, 0]
+    assert [step.cached_blocks for step in steps] == [0, 0, 0, 0, 3, 1, 0, 0, 0, 3]
+
+
+def test_the_clock_jumps_over_idle_time():
+    requests = [Request(7, 1, 1), Request(107, 1, 1), Request(107.5, 1, 0)]
+    steps: list[Step] = []
+    report = replay(requests, step_time=1, on_step=steps.append, **SMALL)
+    assert [step.seconds for step in steps] == [1, 2, 101, 102]
+    assert (report.first_token_mean, report.first_token_max) == (1, 1)  # the third has none
+    assert (report.queue_mean, report.queue_max) == (0, 0)
+
+
+def test_a_step_takes_time_for_each_token():
+    report = replay([Request(0, 3, 1), Request(0, 5, 1)], step_time=0.25, step_time_per_token=0.5, **SMALL)
+    assert report.simulated_seconds == 0.25 + 8 * 0.5 + 0.25 + 2 * 0.5
+    assert report.first_token_mean == 0.25 + 8 * 0.5
+
+
+def test_a_preempted_request_waits_but_has_its_first_token():
+    """The replay worked by hand below: the second is preempted in step 3 and admitted again in step 6."""
+    steps: list[Step] = []
+    sizes = {**SMALL, "num_blocks": 3}
+    report = replay([Request(0, 4, 4), Request(0, 3, 3)], step_time=1, on_step=steps.append, **sizes)
+    assert (report.preemptions, report.steps, report.simulated_seconds) == (1, 8, 8)
+    assert [step.waiting for step in steps] == [0, 0, 1, 1, 1, 0, 0, 0]
+    assert (report.first_token_mean, report.first_token_max) == (1, 1)
+
+
+def test_without_a_clock_arrivals_mean_nothing():
+    steps: list[Step] = []
+    report = replay([Request(0, 1, 1), Request(1000, 1, 1)], on_step=steps.append, **SMALL)
+    assert report.steps == 2
+    assert {step.seconds for step in steps} == {0}
+    names = ("simulated_seconds", "first_token_mean", "first_token_median", "first_token_p99", "first_token_max")
+    assert {getattr(report, name) for name in (*names, "queue_mean", "queue_max")} == {None}
+    assert "queue" not in as_text("", report)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 20), st.integers(0, 12), st.integers(0, 6)), min_size=1, max_size=12))
+def test_no_request_starts_before_it_arrives(rows):
+    requests = [Request(*row) for row in sorted(rows)]
+    steps: list[Step] = []
+    report = replay(requests, step_time=0.5, on_step=steps.append, **SMALL)
+    first = requests[0].timestamp
+    begun = 0
+    for step in steps:
+        began = step.seconds - 0.5
+        arrived = sum(request.timestamp - first <= began for request in requests)
+        begun = max(begun, step.running)
+        assert step.running + step.waiting <= arrived
+    assert report.requests == len(requests)
+    assert report.simulated_seconds >= requests[-1].timestamp - first + 0.5
+    assert report.first_token_mean == 0 or report.first_token_mean >= 0.5
+
+
+@pytest.mark.parametrize("name", ["step_time", "step_time_per_token"])
+@pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf")])
+def test_times_that_are_none(name, seconds):
+    with pytest.raises(ValueError, match=f"{name} must be a number of seconds of at least 0, got"):
+        replay([Request(0, 1, 1)], **{name: seconds}, **SMALL)
+    with pytest.raises(SystemExit):
+        main([f"--{name.replace('_', '-')}={seconds}"])
+
+
+def test_the_report_of_a_clock(capsys):
+    assert main(["--limit", "20", "--device", "cpu", "--step-time", "0.5", "--step-time-per-token", "0.001"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^simulated +[\d.]+ s$", text, re.M)
+    assert re.search(
+        r"^first token +after [\d.]+ s in the mean; median [\d.]+ s, 99% [\d.]+ s, at most [\d.]+ s$", text, re.M
+    )
+    assert re.search(r"^queue +[\d.]+ requests in the mean, at most \d+$", text, re.M)
+
+
+def test_plot(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed, which draws the plot")
+    from matplotlib.figure import Figure
+
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k))
+    for clock in ([], ["--step-time", "1"]):
+        path = tmp_path / f"steps{len(clock)}.png"
+        assert main(["--limit", "20", "--device", "cpu", "--plot", str(path), *clock]) == 0
+        assert path.read_bytes().startswith(b"\x89PNG")
+    for figure, label, lines in zip(drawn, ("step", "simulated seconds"), (1, 2), strict=True):
+        pool, requests, hits = figure.axes
+        assert (pool.get_ylabel(), requests.get_ylabel()) == ("% of the pool's blocks", "requests")
+        assert (hits.get_ylabel(), hits.get_xlabel()) == ("% of prompt tokens found", label)
+        assert len(requests.lines) == lines
+    steps = len(drawn[0].axes[1].lines[0].get_xdata())
+    capsys.readouterr()
+    assert main(["--limit", "20", "--device", "cpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == steps
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("no/such/folder/x.png", "there is no folder for"), ("x.doc", "must end as a picture's does"), ("x", "must end")],
+)
+def test_a_plot_that_cannot_be_written_is_known_before(monkeypatch, tmp_path, capsys, path, message):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed, which draws the plot")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(replay_module, "LayeredPagedKVCache", None)  # which is not even made
+    assert main(["--device", "cpu", "--plot", path]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_matplotlib_the_error_names_the_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    assert main(["--device", "cpu", "--plot", "x.png"]) == 2
+    assert "pip install 'cupy_pagedkv[bench]'" in capsys.readouterr().err
 
 
 def test_a_replay_worked_by_hand(device):
@@ -386,6 +522,7 @@ def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
 
 def test_a_progress_bar_on_a_terminal_alone(monkeypatch):
     pytest.importorskip("tqdm", reason="tqdm is not installed, which draws the bar")
+
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True

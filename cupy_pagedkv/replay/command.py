@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,9 @@ import numpy as np
 
 from ..bookkeeping.allocator import BlockAllocator
 from ..bookkeeping.dtypes import as_dtype
-from .replay import MismatchError, OversizedRequestError, Report, replay
+from . import plot
+from .replay import MismatchError, OversizedRequestError, replay
+from .report import Step, as_text
 from .traces import read_trace, synthetic_trace
 
 _DEFAULT_POOL_TOKENS = 2**18
@@ -34,6 +37,16 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise argparse.ArgumentTypeError(f"expected a number of seconds of at least 0, got {text!r}")
+    return seconds
+
+
 def _dtype(text: str) -> np.dtype[Any]:
     try:
         return as_dtype(text)
@@ -46,7 +59,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m cupy_pagedkv",
         description="Replay a trace of LLM requests through a paged KV cache with continuous batching, check every "
         "byte that comes out, and report how much memory the traffic needs.",
-        epilog="The replay is saturated: a request starts as soon as blocks are free, whatever its timestamp.",
+        epilog="Without --step-time and --step-time-per-token the replay is saturated: a request starts as soon as blocks "
+        "are free, whatever its timestamp.",
     )
     parser.add_argument(
         "trace",
@@ -81,6 +95,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-prefix-caching", action="store_true", help="let no prompt share the blocks of another that begins alike"
     )
+    parser.add_argument(
+        "--step-time", type=_seconds, default=0.0, metavar="SECONDS",
+        help="simulated time that a step takes; then requests wait for their timestamps and for each other",
+    )  # fmt: skip
+    parser.add_argument(
+        "--step-time-per-token", type=_seconds, default=0.0, metavar="SECONDS", help="and for each token it computes"
+    )
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="draw pool use, running requests and hit rate over the steps, as a PNG, PDF or SVG",
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
 
@@ -97,55 +123,14 @@ def _progress_bar(total: int) -> Any:
     return nullcontext()
 
 
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            break
-        count /= 1000
-    else:
-        unit = "TB"
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-
-
-def _rate(count: int, seconds: float) -> str:
-    return f"{_bytes(count)} at {count / 1e9 / seconds if seconds else 0:.2f} GB/s"
-
-
-def _prefix_cache(report: Report) -> str:
-    if not report.prefix_caching:
-        return "off"
-    return (
-        f"{report.hits:,} prompts hit, {report.tokens_saved:,} tokens saved ({report.hit_rate:.1%}); "
-        f"{report.evictions:,} evictions, {report.copies:,} copies"
-    )
-
-
-def _text(trace: str, report: Report) -> str:
-    rows = {
-        "trace": trace,
-        "device": f"{report.device} ({report.backend} backend)",
-        "requests": f"{report.requests:,} completed, {report.skipped:,} skipped",
-        "tokens": f"{report.tokens_in:,} in, {report.tokens_out:,} out",
-        "steps": f"{report.steps:,}, at most {report.peak_running:,} requests running",
-        "preemptions": f"{report.preemptions:,}, {report.recomputed_tokens:,} tokens recomputed",
-        "prefix cache": _prefix_cache(report),
-        "pool": f"{report.num_blocks:,} blocks of {report.block_size} tokens, {_bytes(report.pool_bytes)}",
-        "peak blocks": f"{report.peak_blocks:,} ({report.peak_blocks / report.num_blocks:.1%} of the pool)",
-        "pool holds tokens": f"{report.pool_share:.1%} paged; {report.pool_share_contiguous:.1%} if each request had "
-        "a contiguous buffer for the longest",
-        "taken holds tokens": f"{report.taken_share:.1%} paged; {report.taken_share_contiguous:.1%} with such buffers",
-        "scattered": _rate(report.scattered_bytes, report.scatter_seconds),
-        "gathered": _rate(report.gathered_bytes, report.gather_seconds),
-        "verified": f"{report.verified_bytes:,} bytes, all as written, in {report.seconds:.1f} s",
-    }
-    return "\n".join(f"{name:<19} {text}" for name, text in rows.items())
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 0, 1 for bytes that differ, 2 for input that cannot be used."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    steps: list[Step] = []
     try:
+        if options.plot is not None:
+            plot.check(options.plot)  # better known now than when all has run
         if options.trace is None:
             trace = "synthetic"
             requests = synthetic_trace(options.limit or _DEFAULT_SYNTHETIC_REQUESTS)
@@ -173,8 +158,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 prefix_caching=not options.no_prefix_caching,
                 max_num_seqs=options.max_num_seqs,
                 skip_oversized=options.skip_oversized,
+                step_time=options.step_time,
+                step_time_per_token=options.step_time_per_token,
+                on_step=steps.append if options.plot is not None else lambda step: None,
                 **({"on_progress": bar.update} if bar is not None else {}),
             )
+        if options.plot is not None:
+            plot.draw(steps, report, options.plot)
     except MismatchError as mismatch:
         print(f"{parser.prog}: wrong bytes: {mismatch}", file=sys.stderr)
         return 1
@@ -188,5 +178,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
-    print(json.dumps(asdict(report), indent=2) if options.json else _text(trace, report))
+    print(json.dumps(asdict(report), indent=2) if options.json else as_text(trace, report))
     return 0

@@ -5,10 +5,13 @@ sequence is preempted, which is to say it is freed and waits, first in line, to 
 waiting requests are admitted in order while blocks last, each prompt in a batch of its own, so that the next one can
 share it; sequences that have all their tokens are gathered, compared and freed.
 
-The replay is saturated: timestamps order the requests, and each is admitted as soon as blocks allow.
+Without a clock the replay is saturated: timestamps order the requests, and each is admitted as soon as blocks allow. With
+one, a step takes simulated time, and no request is admitted before it has arrived.
 """
 
+import math
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,9 +27,10 @@ from ..caches.batch import Batch
 from ..caches.cache import LayeredPagedKVCache
 from ..caches.manager import CachedSequence, KVCacheManager
 from ..devices.backend import backend_of
+from .report import Report, Step
 from .traces import HASHED_TOKENS, Request
 
-__all__ = ["MismatchError", "OversizedRequestError", "Report", "replay"]
+__all__ = ["MismatchError", "OversizedRequestError", "replay"]
 
 _CHUNK = 8192  # tokens whose K and V are made, scattered or compared at once
 
@@ -47,51 +51,6 @@ class OversizedRequestError(ValueError):
         return self.reason
 
 
-@dataclass
-class Report:
-    """What a replay did. Shares are of tokens' places, from 0 to 1; bytes are of K and V of all layers."""
-
-    device: str
-    backend: str
-    num_blocks: int
-    block_size: int
-    pool_bytes: int
-    requests: int = 0
-    skipped: int = 0
-    tokens_in: int = 0
-    tokens_out: int = 0
-    steps: int = 0
-    preemptions: int = 0
-    recomputed_tokens: int = 0
-    prefix_caching: bool = True
-    hits: int = 0
-    """Admissions that found a part of the prompt in the pool."""
-    tokens_saved: int = 0
-    """Tokens of these parts."""
-    hit_rate: float = 0.0
-    """The share of all tokens of admissions that they are."""
-    evictions: int = 0
-    copies: int = 0
-    peak_blocks: int = 0
-    peak_running: int = 0
-    pool_share: float = 0.0
-    """Mean over the steps of the share of the pool that held tokens of running sequences, each token counted once."""
-    pool_share_contiguous: float = 0.0
-    """The same, had the pool been cut into one buffer of the longest request's length for each running request: the
-    tokens of as many of the oldest running sequences as there would have been buffers."""
-    taken_share: float = 0.0
-    """Mean share of the blocks of running sequences that held tokens: what is missing to 1 is the unused part of last
-    blocks."""
-    taken_share_contiguous: float = 0.0
-    """The same with one buffer of the longest request's length for each running sequence, and nothing shared."""
-    scattered_bytes: int = 0
-    scatter_seconds: float = 0.0
-    gathered_bytes: int = 0
-    gather_seconds: float = 0.0
-    verified_bytes: int = 0
-    seconds: float = 0.0
-
-
 @dataclass(eq=False)
 class _Sequence:
     number: int
@@ -101,6 +60,8 @@ class _Sequence:
     """What the hashed parts of the prompt are, by numbers that are equal only if all before is."""
     known: int
     """Tokens that there are: the prompt and what was generated, whether or not their K and V are in the cache."""
+    arrival: float
+    """Seconds after the first request of all."""
     computed: int = 0
     """Of these, those that were in the cache before a preemption."""
     cached: CachedSequence | None = None
@@ -138,19 +99,31 @@ def replay(
     prefix_caching: bool = True,
     max_num_seqs: int = 256,
     skip_oversized: bool = False,
+    step_time: float = 0.0,
+    step_time_per_token: float = 0.0,
     on_progress: Callable[[int], object] = lambda finished: None,
+    on_step: Callable[[Step], object] = lambda step: None,
 ) -> Report:
     """Replay ``requests`` in their order through a new cache, with at most ``max_num_seqs`` running at once.
 
     With ``prefix_caching``, prompts whose ``hash_ids`` begin alike share blocks.
 
-    ``on_progress`` is called with the number of requests skipped, and after each step with the number that it finished.
+    A step takes ``step_time`` seconds of simulated time, and ``step_time_per_token`` for each token that it computes. With either, a request is admitted neither before its timestamp nor before those ahead of it, and the report
+    tells of waiting; with neither, the replay is saturated.
+
+    ``on_progress`` is called with the number of requests skipped, and after each step with the number that it finished;
+    ``on_step`` with what each step leaves.
 
     Raises :class:`OversizedRequestError` before anything runs if a request cannot fit the pool (with ``skip_oversized``
     such requests are left out and counted), :class:`MismatchError` if a byte that comes out is not the one that went
-    in, and what making the cache raises.
+    in, ``ValueError`` for times that are negative or not finite, and what making the cache raises.
     """
     at_least(1, "max_num_seqs", max_num_seqs)
+    for name, seconds in (("step_time", step_time), ("step_time_per_token", step_time_per_token)):
+        if not (math.isfinite(seconds) and seconds >= 0):
+            raise ValueError(f"{name} must be a number of seconds of at least 0, got {seconds}")
+    has_clock = step_time > 0 or step_time_per_token > 0
+    first = min((request.timestamp for request in requests), default=0.0)
     cache = LayeredPagedKVCache(num_layers, num_blocks, block_size, num_heads, head_dim, dtype, device)
     sequences = []
     parts: dict[tuple[int, int], int] = {}  # (the part before, hash id) → part
@@ -159,7 +132,8 @@ def replay(
         for hash_id in request.hash_ids:
             contents.append(parts.setdefault((contents[-1], hash_id), len(parts)))
         ids = np.array(request.hash_ids, np.int64)
-        sequence = _Sequence(number, request, ids, np.array(contents[1:], np.int64), known=request.input_length)
+        arrival = request.timestamp - first if has_clock else 0.0
+        sequence = _Sequence(number, request, ids, np.array(contents[1:], np.int64), request.input_length, arrival)
         needed = BlockTable.blocks_needed(sequence.length, block_size)
         if needed <= num_blocks:
             sequences.append(sequence)
@@ -169,14 +143,15 @@ def replay(
                 f"a request of {request.input_length} + {request.output_length} tokens needs {needed} blocks of "
                 f"{block_size}, but the pool has {num_blocks}; make the pool larger or skip such requests",
             )
-    run = _Replay(cache, sequences, prefix_caching, max_num_seqs)
+    run = _Replay(cache, sequences, prefix_caching, max_num_seqs, step_time, step_time_per_token)
     run.report.skipped = len(requests) - len(sequences)
     on_progress(run.report.skipped)
     start = time.perf_counter()
     while run.waiting or run.running:
         on_progress(run.step())
+        on_step(run.last_step())
     run.report.seconds = time.perf_counter() - start
-    return run.finished_report()
+    return run.finished_report(has_clock)
 
 
 def token_bytes(
@@ -205,7 +180,13 @@ def _mix(x: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
 
 class _Replay:
     def __init__(
-        self, cache: LayeredPagedKVCache, sequences: list[_Sequence], prefix_caching: bool, max_num_seqs: int
+        self,
+        cache: LayeredPagedKVCache,
+        sequences: list[_Sequence],
+        prefix_caching: bool,
+        max_num_seqs: int,
+        step_time: float,
+        step_time_per_token: float,
     ) -> None:
         pool = cache[0].k_cache
         self.manager = KVCacheManager(cache, prefix_caching=prefix_caching)
@@ -217,6 +198,12 @@ class _Replay:
         self.waiting = deque(sequences)
         self.running: list[_Sequence] = []  # the oldest first
         self.max_num_seqs = max_num_seqs
+        self.step_time, self.step_time_per_token = step_time, step_time_per_token
+        self.now = 0.0  # simulated seconds
+        self.computed = 0  # tokens in this step
+        self.arrivals = sorted(sequence.arrival for sequence in sequences)
+        self.queue: list[int] = []  # its length, at each step
+        self.first_tokens: list[float] = []  # seconds from arrival on, of each request that has one
         self.max_length = max((sequence.length for sequence in sequences), default=0)
         # Sums over the steps, in places for a token: in blocks, of these with a token; in buffers, of these with one,
         # and with one of the buffers that the pool has room for.
@@ -236,6 +223,10 @@ class _Replay:
 
     def step(self) -> int:
         """One step of continuous batching; returns how many requests it finished."""
+        if not self.running:
+            self.now = max(self.now, self.waiting[0].arrival)
+        self.computed = 0
+        started: list[_Sequence] = []
         preempted = False
         while self.running:
             try:
@@ -245,9 +236,14 @@ class _Replay:
                 self._preempt_youngest()
                 preempted = True
         while self.waiting and not preempted and len(self.running) < self.max_num_seqs:
-            if not self._admit(self.waiting[0]):
+            if self.waiting[0].arrival > self.now or not self._admit(self.waiting[0]):
                 break
             self.running.append(self.waiting.popleft())
+            if not self.running[-1].computed and self.running[-1].request.output_length:
+                started.append(self.running[-1])  # for the first time
+        self.queue.append(bisect_right(self.arrivals, self.now) - self.report.requests - len(self.running))
+        self.now += self.step_time + self.step_time_per_token * self.computed
+        self.first_tokens += (self.now - sequence.arrival for sequence in started)
         self._count()
 
         done = [sequence for sequence in self.running if sequence.known == sequence.length]
@@ -293,6 +289,7 @@ class _Replay:
             new[sequence.cached] = sequence.tokens(sequence.cached.num_tokens, count)
         with self.manager.prepare(new) as batch:
             self._scatter(batch, sequences, known)
+            self.computed += batch.num_tokens
         for sequence, count in zip(sequences, known, strict=True):
             sequence.known = count
 
@@ -356,7 +353,23 @@ class _Replay:
         self.report.peak_blocks = max(self.report.peak_blocks, live)
         self.report.peak_running = max(self.report.peak_running, len(lengths))
 
-    def finished_report(self) -> Report:
+    def last_step(self) -> Step:
+        stats = self.manager.stats()
+        return Step(
+            self.now, stats.live_blocks, stats.cached_blocks, len(self.running), self.queue[-1], stats.prompt_tokens,
+            stats.tokens_saved,
+        )  # fmt: skip
+
+    def finished_report(self, has_clock: bool) -> Report:
+        if has_clock:
+            waits = np.array(self.first_tokens or [0.0])
+            self.report.simulated_seconds = self.now
+            self.report.first_token_mean = float(waits.mean())
+            self.report.first_token_median, self.report.first_token_p99, self.report.first_token_max = np.percentile(
+                waits, (50, 99, 100)
+            ).tolist()
+            self.report.queue_mean = float(np.mean(self.queue or [0]))
+            self.report.queue_max = max(self.queue, default=0)
         taken, held, taken_by_buffers, held_in_buffers, held_in_room = self.places.tolist()
         stats = self.manager.stats()
         pool = self.report.steps * self.cache.num_blocks * self.cache.block_size
