@@ -59,8 +59,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m cupy_pagedkv",
         description="Replay a trace of LLM requests through a paged KV cache with continuous batching, check every "
         "byte that comes out, and report how much memory the traffic needs.",
-        epilog="Without --step-time and --step-time-per-token the replay is saturated: a request starts as soon as blocks "
-        "are free, whatever its timestamp.",
+        epilog="Without --step-time and --step-time-per-token the replay is saturated: a request starts as soon as "
+        "blocks are free, whatever its timestamp.",
     )
     parser.add_argument(
         "trace",

@@ -5,8 +5,8 @@ sequence is preempted, which is to say it is freed and waits, first in line, to 
 waiting requests are admitted in order while blocks last, each prompt in a batch of its own, so that the next one can
 share it; sequences that have all their tokens are gathered, compared and freed.
 
-Without a clock the replay is saturated: timestamps order the requests, and each is admitted as soon as blocks allow. With
-one, a step takes simulated time, and no request is admitted before it has arrived.
+Without a clock the replay is saturated: timestamps order the requests, and each is admitted as soon as blocks allow.
+With one, a step takes simulated time, and no request is admitted before it has arrived.
 """
 
 import math
@@ -108,8 +108,9 @@ def replay(
 
     With ``prefix_caching``, prompts whose ``hash_ids`` begin alike share blocks.
 
-    A step takes ``step_time`` seconds of simulated time, and ``step_time_per_token`` for each token that it computes. With either, a request is admitted neither before its timestamp nor before those ahead of it, and the report
-    tells of waiting; with neither, the replay is saturated.
+    A step takes ``step_time`` seconds of simulated time, and ``step_time_per_token`` for each token that it computes.
+    With either, a request is admitted neither before its timestamp nor before those ahead of it, and the report tells
+    of waiting; with neither, the replay is saturated.
 
     ``on_progress`` is called with the number of requests skipped, and after each step with the number that it finished;
     ``on_step`` with what each step leaves.
