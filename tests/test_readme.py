@@ -1,4 +1,4 @@
-"""The README: its example prints what it says, and what it names is there."""
+"""The README and the pages of docs/: their examples print what they say, and what they name is there."""
 
 import contextlib
 import io
@@ -13,23 +13,44 @@ import cupy_pagedkv
 from cupy_pagedkv.caches import manager
 from cupy_pagedkv.replay.command import _parser
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
+ROOT = Path(__file__).parent.parent
+PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+README = PAGES["README.md"]
+BLOCKS = {name: re.findall(r"^```(\w*)\n(.*?)^```$", page, re.M | re.S) for name, page in PAGES.items()}
+EXAMPLES = [
+    (name, i) for name, blocks in BLOCKS.items() for i, (language, _) in enumerate(blocks) if language == "python"
+]
 
 
-EXAMPLES = [i for i, (language, _) in enumerate(BLOCKS) if language == "python"]
-
-
-@pytest.mark.parametrize("at", EXAMPLES)
-def test_an_example_prints_what_stands_below_it(at):
+@pytest.mark.parametrize(("page", "at"), EXAMPLES)
+def test_an_example_prints_what_stands_below_it(page, at):
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        exec(compile(BLOCKS[at][1], "README.md", "exec"), {})
-    assert output.getvalue() == BLOCKS[at + 1][1]
+        exec(compile(BLOCKS[page][at][1], page, "exec"), {})
+    assert output.getvalue() == BLOCKS[page][at + 1][1]
+
+
+def test_there_are_examples():
+    assert {page for page, _ in EXAMPLES} == {"README.md", "many-sequences.md"}
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 170
+
+
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_page_is_linked():
+    for page in PAGES.keys() - {"README.md"}:
+        assert f"(docs/{page})" in README
 
 
 def test_the_life_of_a_sequence_is_that_of_the_docstring():
-    [drawn] = [text for _, text in BLOCKS if "|---- shared" in text]
+    [drawn] = [text for _, text in BLOCKS["many-sequences.md"] if "|---- shared" in text]
     assert drawn in manager.__doc__
 
 
@@ -37,23 +58,24 @@ def test_the_life_of_a_sequence_is_that_of_the_docstring():
     "command", ["pip install -e '.[cli]' && python -m cupy_pagedkv", "pip install -e '.[test]' && pytest"]
 )
 def test_the_two_commands(command):
-    assert ("", command + "\n") in BLOCKS
+    assert ("", command + "\n") in BLOCKS["README.md"]
 
 
 def test_every_public_name_is_in_the_table():
-    table = README[README.index("## What there is") : README.index("## Devices")]
+    table = README[README.index("## What there is") : README.index("## Many sequences")]
     for name in set(cupy_pagedkv.__all__) - {"BlockAllocatorStats"}:
         assert f"`{name}" in table, name
 
 
 def test_the_options_it_names_exist():
     known = {option for action in _parser()._actions for option in action.option_strings}
-    section = README[README.index("## How much cache") : README.index("## Limits")]
-    assert set(re.findall(r"--[a-z][a-z-]+", section)) <= known
+    named = set(re.findall(r"--[a-z][a-z-]+", PAGES["traffic.md"]))
+    assert named
+    assert named <= known
 
 
 def test_the_report_it_shows_has_the_lines_of_a_real_one():
-    [shown] = [text for _, text in BLOCKS if text.startswith("trace ")]
+    [shown] = [text for _, text in BLOCKS["traffic.md"] if text.startswith("trace ")]
     command = [sys.executable, "-m", "cupy_pagedkv", "--limit", "3", "--device", "cpu"]
     real = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert [line[:19] for line in shown.splitlines()] == [line[:19] for line in real.splitlines()]
