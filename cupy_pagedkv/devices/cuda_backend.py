@@ -66,7 +66,7 @@ def _block_runs(pool: Form) -> tuple[tuple[int, int, int], tuple[int, int]]:
     axes = [(stride, n) for stride, n in zip(pool.strides[2:4], pool.shape[2:4], strict=True) if n > 1]
     runs: list[tuple[int, int]] = []
     for stride, n in sorted(axes, key=lambda axis: abs(axis[0])):
-        if not runs and stride == run:
+        if stride == run:
             run *= n
         else:
             runs.append((stride, n))

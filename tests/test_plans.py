@@ -1,0 +1,85 @@
+"""What the CUDA backend makes of shapes and strides: as few and as long runs as they allow, worked out by hand."""
+
+import numpy as np
+import oracle
+import pytest
+
+from cupy_pagedkv import copy_blocks, gather_cache, reshape_and_cache
+from cupy_pagedkv.devices.cuda_backend import _block_runs, _runs
+from cupy_pagedkv.devices.layout import Form
+
+F2 = np.dtype(np.float16)
+POOL = Form((1, 4, 8, 3, 16), (0, 768, 96, 32, 2), F2)  # [layers, blocks, slots, heads, dim]
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "pool", "expected"),
+    [
+        ((1, 5, 3, 16), (0, 96, 32, 2), POOL, (1, 1, 96)),  # all heads in one
+        ((1, 5, 3, 16), (0, 192, 64, 2), POOL, (3, 1, 32)),  # heads apart in the tokens,
+        ((1, 5, 3, 16), (0, 96, 32, 2), POOL._replace(strides=(0, 768, 32, 256, 2)), (3, 1, 32)),  # and in the pool
+        ((1, 5, 3, 16), (0, 192, 64, 4), POOL, (3, 16, 2)),  # elements apart
+        ((1, 5, 1, 16), (0, 96, 999, 2), POOL._replace(shape=(1, 4, 8, 1, 16)), (1, 1, 32)),  # one head, wherever
+        (
+            (1, 5, 3, 1),
+            (0, 96, 2, 999),
+            Form((1, 4, 8, 3, 1), (0, 48, 6, 2, 2), F2),
+            (1, 1, 6),
+        ),  # one element, likewise
+    ],
+)
+def test_runs_of_a_token(shape, strides, pool, expected):
+    assert _runs(Form(shape, strides, F2), pool) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "expected"),
+    [
+        ((1, 4, 8, 3, 16), (0, 768, 96, 32, 2), ((1, 1, 768), (0, 0))),  # NHD
+        ((1, 4, 8, 3, 16), (0, 768, 32, 256, 2), ((1, 1, 768), (0, 0))),  # HND
+        ((1, 4, 8, 3, 16), (0, 999, 192, 32, 2), ((1, 8, 96), (0, 192))),  # slots apart
+        ((1, 4, 8, 3, 16), (0, 999, 512, 64, 2), ((8, 3, 32), (512, 64))),  # slots and heads apart
+        ((1, 4, 8, 3, 16), (0, 999, -96, 32, 2), ((1, 8, 96), (0, -96))),  # slots the other way round
+        ((1, 4, 8, 3, 16), (0, 999, 96, -32, 2), ((8, 3, 32), (96, -32))),  # and heads
+        ((1, 4, 1, 3, 16), (0, 999, 7, 32, 2), ((1, 1, 96), (0, 0))),  # one slot, wherever
+        ((1, 4, 8, 1, 16), (0, 999, 32, -5, 2), ((1, 1, 256), (0, 0))),  # one head
+    ],
+)
+def test_runs_of_a_block(shape, strides, expected):
+    assert _block_runs(Form(shape, strides, F2)) == expected
+
+
+def test_elements_at_any_distance(device, rng):
+    """Fields of packed structures lie where their type could not be accessed."""
+    if device.name == "cupy":
+        pytest.skip("CuPy has no structures")
+    packed = np.dtype([("flag", np.uint8), ("x", np.float16)])
+    key, value = (oracle.random_array(rng, (6, 2, 8), packed) for _ in range(2))
+    pools = oracle.random_array(rng, (2, 3, 4, 2, 8), np.float16)
+    expected = pools.copy()
+    slots = [3, 0, 11, 5, 6, 7]
+    reshape_and_cache(key["x"], value["x"], *pools, slots)
+    for tokens, pool in zip((key, value), expected, strict=True):
+        oracle.scatter(tokens.view(np.uint8).reshape(6, 2, 8, 3)[..., 1:].copy().view(np.float16)[..., 0], pool, slots)
+    assert pools.tobytes() == expected.tobytes()
+    before = key["flag"].copy(), value["flag"].copy()
+    gather_cache(*pools, [[0, 2]], [6], out=(key["x"], value["x"]))
+    for tokens, pool, flags in zip((key, value), expected, before, strict=True):
+        got = np.ascontiguousarray(tokens["x"])
+        assert got.tobytes() == oracle.gather(pool, [[0, 2]], [6], [0]).tobytes()
+        assert np.array_equal(tokens["flag"], flags)
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_blocks_that_fill_no_whole_accesses(device, rng, short):
+    """The blocks of one tensor, 15 bytes at a distance of 16, and of the other 16: all of it must be copied."""
+    host = oracle.random_bytes(rng, 2 * 6 * 16).reshape(2, 6, 16)
+    memory = device.array(host)
+
+    def pools(memory):
+        return [memory[i, :, None, None, : 15 if i == short else 16] for i in range(2)]
+
+    copy_blocks(*pools(memory), [0, 5], [3, 1])
+    for pool in pools(host):
+        pool[[3, 1]] = pool[[0, 5]]
+    assert device.numpy(memory).tobytes() == host.tobytes()
