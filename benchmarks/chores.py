@@ -55,7 +55,7 @@ def plain_step(sequences: Sequence[PlainSequence], new: Sequence[int], free: deq
         firsts.append(firsts[-1] + 1)
     longest = max(len(sequence.blocks) for sequence in sequences)
     for sequence in sequences:
-        tables.append(sequence.blocks + [-1] * (longest - len(sequence.blocks)))
+        tables.append(sequence.blocks + [0] * (longest - len(sequence.blocks)))
     arrays = [np.array(slots, np.int64), np.array(positions, np.int64), np.array(lengths, np.int32)]
     arrays += [np.array(firsts, np.int32), np.array(tables, np.int32)]
     for sequence, token in zip(sequences, new, strict=True):
@@ -160,9 +160,89 @@ def size_chore(rounds: int, sizes: tuple[int, int] = (1000, 1_000_000)) -> Chore
     return Chore(f"a prompt of 400 tokens, 10 more, free, {large:,} blocks", seconds, {f"{small:,} blocks": 1 / 1.5})
 
 
+def fork_chore(rounds: int) -> Chore:
+    """A sequence of 1,000 tokens forks, and the fork writes to the block that both begin in, so that it is copied."""
+    manager = a_manager(200)
+    tokens = np.random.default_rng(0).integers(0, 100_000, 1000)
+    parent = manager.add(tokens)
+    manager.commit(manager.prepare({parent: tokens}))
+
+    def ours() -> float:
+        copies = manager.stats().copies
+        start = time.perf_counter()
+        fork = parent.fork()
+        manager.commit(manager.prepare({fork: [1]}))
+        seconds = time.perf_counter() - start
+        own = np.flatnonzero(fork.block_table != parent.block_table).tolist()
+        if manager.stats().copies != copies + 1 or own != [len(tokens) // BLOCK_SIZE]:
+            raise SystemExit(f"fork: {manager.stats().copies - copies} blocks were copied, and {own} are its own")
+        manager.free(fork)
+        return seconds
+
+    return Chore("fork of 1,000 tokens, and its first write", in_turns({OURS: ours}, rounds), {})
+
+
+def truncate_chore(rounds: int) -> Chore:
+    """A speculative step of one sequence: 8 tokens are written, of which 3 turn out to be right."""
+    manager = a_manager(60_000)
+    sequence = manager.add([0] * 1000)
+    manager.commit(manager.prepare({sequence: sequence.remaining}))
+
+    def ours() -> float:
+        length = sequence.num_tokens
+        start = time.perf_counter()
+        manager.commit(manager.prepare({sequence: [1, 2, 3, 4, 5, 6, 7, 8]}))
+        sequence.truncate(length + 3)
+        seconds = time.perf_counter() - start
+        if sequence.num_tokens != length + 3 or len(sequence.block_table) != -(-(length + 3) // BLOCK_SIZE):
+            raise SystemExit(f"truncate: {sequence.num_tokens} tokens in {len(sequence.block_table)} blocks")
+        return seconds
+
+    return Chore("8 tokens of a sequence, truncated to 3", in_turns({OURS: ours}, rounds), {})
+
+
+def eviction_chore(rounds: int) -> Chore:
+    """A token that needs a block, where every block is cached: behind a hit, or as the first of a prompt.
+
+    What hits is what would have been evicted first; the block behind it goes.
+    """
+    rng = np.random.default_rng(0)
+    lengths = (16_384, BLOCK_SIZE) * rounds
+    prompts = [rng.integers(0, 100_000, length) for length in lengths]
+
+    def behind(hits: bool) -> Callable[[], float]:
+        manager = a_manager(sum(lengths) // BLOCK_SIZE)
+        for prompt in prompts:
+            with manager.add(prompt) as sequence:
+                manager.commit(manager.prepare({sequence: prompt}))
+        remaining = iter(prompts[::2])
+
+        def ours() -> float:
+            prompt = next(remaining) if hits else np.zeros(0, np.int64)
+            new = rng.integers(0, 100_000, BLOCK_SIZE)
+            before = manager.stats().evictions
+            with manager.add([*prompt.tolist(), int(new[0])]) as sequence:
+                start = time.perf_counter()
+                manager.commit(manager.prepare({sequence: new[:1]}))
+                seconds = time.perf_counter() - start
+                evicted = manager.stats().evictions - before
+                if (sequence.num_cached_tokens, evicted) != (len(prompt), 1):
+                    raise SystemExit(f"eviction: a hit of {sequence.num_cached_tokens} tokens, {evicted} evictions")
+                manager.commit(manager.prepare({sequence: new[1:]}))  # a full block is cached, and none is free
+            return seconds
+
+        return ours
+
+    seconds = in_turns({OURS: behind(True), "no hit": behind(False)}, rounds)
+    return Chore("a step that evicts, behind 16,384 tokens that hit", seconds, {})
+
+
 def chores(quick: bool) -> Iterator[Chore]:
     rounds = 50 if quick else 300
     yield decode_chore(rounds)
     yield add_chore(False, rounds)
     yield add_chore(True, rounds)
     yield size_chore(rounds, (1000, 20_000 if quick else 1_000_000))
+    yield fork_chore(rounds)
+    yield truncate_chore(rounds)
+    yield eviction_chore(rounds // 5)

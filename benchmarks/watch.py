@@ -87,12 +87,16 @@ def watch(kernel: str, arguments: Sequence[str]) -> NoReturn:
     """
     path = SOURCES / f"{kernel}.cu"
 
-    def stamp() -> tuple[int, int] | None:
+    def stamp() -> dict[Path, tuple[int, int]] | None:
+        """Of the kernel and of all that it may include."""
+        files = {}
         try:
-            status = path.stat()
+            for file in (path, *SOURCES.glob("*.cuh")):
+                status = file.stat()
+                files[file] = status.st_mtime_ns, status.st_size
         except FileNotFoundError:  # an editor is replacing it
             return None
-        return status.st_mtime_ns, status.st_size
+        return files if all(size for _, size in files.values()) else None
 
     with tempfile.TemporaryDirectory() as folder:
         door = str(SOURCES.parent / "bench.py")
@@ -104,7 +108,7 @@ def watch(kernel: str, arguments: Sequence[str]) -> NoReturn:
             while True:
                 time.sleep(0.02)
                 now = stamp()
-                if now is None or now == seen or now[1] == 0:
+                if now is None or now == seen:
                     continue
                 time.sleep(0.02)
                 if stamp() != now:  # it is still being written

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from benchmarks import cases, chores, kernels, output, timing
+from cupy_pagedkv.caches.sequence import CachedSequence
 from cupy_pagedkv.devices.emulator import EmulatedBackend, RawKernel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,14 +149,15 @@ def test_the_manager_alone(tmp_path):
     pytest.importorskip("xxhash", reason="xxhash is not installed, which the manager is compared with")
     text = run("manager", "--quick", f"--json={tmp_path / 'out.json'}", "--device=cpu")
     [at] = [i for i, line in enumerate(text.splitlines()) if line.startswith("many sequences")]
-    lines = text.splitlines()[at + 1 : at + 5]
-    assert [line.split()[0] for line in lines] == ["prepare", "add,", "add,", "a"]
-    assert [line.split()[-2] for line in lines] == ["loop", "xxhash", "xxhash", "blocks"]
+    lines = text.splitlines()[at + 1 : at + 8]
+    assert [line.split()[0] for line in lines] == ["prepare", "add,", "add,", "a", "fork", "8", "a"]
+    assert [line.split()[-2] for line in lines[:4]] == ["loop", "xxhash", "xxhash", "blocks"]
+    assert [line.split()[-2] for line in lines[6:]] == ["hit"]
     assert sum(line.startswith(("met", "MISSED")) for line in text.splitlines()) == 4
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["rows"] == []
     for chore in report["manager"]:
-        assert len(chore["seconds"]) == 2
+        assert len(chore["seconds"]) == (1 if chore["label"].startswith(("fork", "8 tokens")) else 2)
         assert all(0 < seconds < 1 for seconds in chore["seconds"].values())
 
 
@@ -180,6 +182,28 @@ def test_a_decode_step_that_differs_is_found(monkeypatch):
     monkeypatch.setattr(chores, "plain_step", wrong)
     with pytest.raises(SystemExit, match="decode: the manager and the plain loop disagree"):
         chores.decode_chore(3)
+
+
+def test_a_fork_that_copies_nothing_is_found(monkeypatch):
+    assert chores.fork_chore(3).seconds.keys() == {"cupy_pagedkv"}
+    monkeypatch.setattr(CachedSequence, "fork", lambda parent: parent._owner().add(list(range(1000))))
+    with pytest.raises(SystemExit, match="fork: 0 blocks were copied"):
+        chores.fork_chore(3)
+
+
+def test_a_truncation_that_leaves_tokens_is_found(monkeypatch):
+    assert chores.truncate_chore(20).seconds.keys() == {"cupy_pagedkv"}
+    monkeypatch.setattr(CachedSequence, "truncate", lambda sequence, num_tokens: None)
+    with pytest.raises(SystemExit, match="truncate: 1008 tokens in 63 blocks"):
+        chores.truncate_chore(3)
+
+
+def test_a_step_that_does_not_evict_behind_the_hit_is_found(monkeypatch):
+    assert chores.eviction_chore(3).seconds.keys() == {"cupy_pagedkv", "no hit"}
+    usual = chores.a_manager
+    monkeypatch.setattr(chores, "a_manager", lambda num_blocks: usual(num_blocks + 10))
+    with pytest.raises(SystemExit, match=r"eviction: a hit of \d+ tokens, 0 evictions"):
+        chores.eviction_chore(3)
 
 
 def test_rows_that_do_not_exist_are_refused():
@@ -287,15 +311,24 @@ def test_watch(watched):
     assert "bytes differ, the first at " in text
     assert "is right" not in text
 
-    text = watched.saved(good.replace("*(ACCESS_T*)(dst", "*(ACCESS_T*)((char*)0 + (long long)(dst - dst)"))
+    text = watched.saved(good.replace("Slot{pool + slot", "Slot{(char*)0 + slot"))
     assert "reshape_and_cache is WRONG: it crashed (signal 11)" in text
 
-    text = watched.saved(good.replace("u < UNROLL", "u < UNROLL / 2").replace("32 * UNROLL", "32 * (UNROLL / 2)"))
+    text = watched.saved(good.replace("(int)(warp_of_grid() % SLICES)", "(int)(warp_of_grid() % SLICES) / 2"))
     assert "is right" not in text  # the launch code counts on slices of 32 * UNROLL
 
-    text = watched.saved(good.replace("#pragma unroll", "#pragma unroll 1"))
+    watched.path.write_text(good)
+    watched.said("waiting for the next save")
+    shared = watched.path.with_name("rows.cuh")
+    shared.write_text(shared.read_text().replace("#pragma unroll", "#pragma unroll 1"))
+    text = watched.said("waiting for the next save")
     assert "is right" in text
     assert "before: " in text  # of the last kernel that was right
+
+
+def test_watch_takes_notice_of_what_a_kernel_may_include(watched):
+    (watched.path.parent / "new.cuh").write_text("// nobody includes this yet\n")
+    assert "reshape_and_cache is right" in watched.said("waiting for the next save")
 
 
 def test_watch_needs_a_kernel():
