@@ -1,7 +1,7 @@
 """What is measured, who competes, and the check of every contender, byte for byte, before it is timed.
 
 PyTorch and Triton compete where they are installed. Everybody is handed the same: tokens, pools and slots to scatter;
-pools, block tables and lengths to gather, with an `out` where the interface has one.
+pools, block tables and lengths to gather, with an `out` where the interface has one; pools, and blocks from and to.
 """
 
 from collections.abc import Callable
@@ -31,6 +31,7 @@ OPERATIONS = {
     "scatter blocks": "reshape_and_cache",  # slots run through whole blocks, which lie anywhere
     "scatter slots": "reshape_and_cache",  # slots lie anywhere
     "gather": "gather_cache",
+    "copy blocks": "copy_blocks",  # as many as hold the tokens, from anywhere to anywhere
 }
 OURS, FLOOR = "cupy_pagedkv", "copy"
 
@@ -67,8 +68,10 @@ class Problem:
         n, shape = case.tokens, (case.heads, case.dim)
         lengths = np.array([min(LONGEST_SEQUENCE, n - i) for i in range(0, n, LONGEST_SEQUENCE)], np.int32)
         num_seqs, longest = len(lengths), -(-int(lengths.max()) // BLOCK_SIZE)
-        num_blocks = sets * num_seqs * longest * 5 // 4 + 1
-        tables = rng.permutation(num_blocks)[: sets * num_seqs * longest].reshape(sets, num_seqs, longest)
+        used = sets * num_seqs * longest
+        num_blocks = (2 * used if case.operation == "copy blocks" else used * 5 // 4) + 1
+        blocks = rng.permutation(num_blocks)
+        tables = blocks[:used].reshape(sets, num_seqs, longest)
         slots = (tables[..., None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)).reshape(sets, -1)[:, :n]
         if case.operation == "scatter slots":
             slots = rng.permutation(num_blocks * BLOCK_SIZE)[: sets * n].reshape(sets, n)
@@ -76,16 +79,22 @@ class Problem:
         self.host_pools = random_tokens(rng, (2, num_blocks, BLOCK_SIZE, *shape), case.dtype)
         self.host_tokens = random_tokens(rng, (2, sets, n, *shape), case.dtype)
         self.host_slots, self.host_tables, self.host_lengths = slots, tables, lengths
+        self.host_pairs = blocks[: 2 * used].reshape(2, sets, -1) if case.operation == "copy blocks" else tables[:0]
         self.pools = xp.array(self.host_pools)
         self.flat = self.pools.reshape(2, -1, *shape)  # by slot
         self.tokens = xp.array(self.host_tokens)
         self.out = xp.zeros(self.tokens.shape, self.tokens.dtype)
         self.slots, self.tables = xp.asarray(slots), xp.asarray(tables.astype(np.int32))
-        self.lengths = xp.asarray(lengths)
+        self.lengths, self.pairs = xp.asarray(lengths), xp.asarray(self.host_pairs)
         self.cache = PagedKVCache.from_pools(self.pools[0], self.pools[1])
 
     def expected(self) -> np.ndarray:
-        """The bytes after the first set: both pools of a scatter, or K and V of a gather."""
+        """The bytes after the first set: both pools of a scatter or a copy, or K and V of a gather."""
+        if self.case.operation == "copy blocks":
+            pools = self.host_pools.copy()
+            for source, target in self.host_pairs[:, 0].T:
+                pools[:, target] = pools[:, source]
+            return pools
         if self.case.operation != "gather":
             pools = self.host_pools.copy()
             for tokens, pool in zip(self.host_tokens[:, 0], pools, strict=True):
@@ -132,7 +141,7 @@ def contenders(p: Problem) -> dict[str, list[Call]]:
     makers = {FLOOR: copy_calls, OURS: our_calls, "indexing": indexing_calls}
     if torch is not None and (p.xp is np or torch.cuda.is_available()):
         makers["torch"] = torch_calls
-        if triton is not None and p.xp is not np and p.case.operation != "gather":
+        if triton is not None and p.xp is not np and p.case.operation.startswith("scatter"):
             makers["triton"] = triton_calls
     return {name: [make(p, i) for i in range(p.sets)] for name, make in makers.items()}
 
@@ -154,12 +163,23 @@ def copy_calls(p: Problem, i: int) -> Call:
 def our_calls(p: Problem, i: int) -> Call:
     (key, value), slots, tables, lengths, cache = p.tokens[:, i], p.slots[i], p.tables[i], p.lengths, p.cache
     out = (p.out[0, i], p.out[1, i])
+    if p.case.operation == "copy blocks":
+        src, dst = p.pairs[:, i]
+        return lambda: cache.copy_blocks(src, dst)
     if p.case.operation == "gather":
         return lambda: cache.gather(tables, lengths, out=out)
     return lambda: cache.update(key, value, slots)
 
 
 def indexing_calls(p: Problem, i: int) -> Call:
+    if p.case.operation == "copy blocks":
+        src, dst = p.pairs[:, i]
+
+        def copy() -> None:
+            for pool in p.pools:
+                pool[dst] = pool[src]
+
+        return copy
     (key, value), (k_pool, v_pool), slots, tables = p.tokens[:, i], p.flat, p.slots[i], p.tables[i]
     k_out, v_out = p.out[:, i]
     total, each = p.case.tokens, p.xp.arange(BLOCK_SIZE)
@@ -179,6 +199,14 @@ def indexing_calls(p: Problem, i: int) -> Call:
 
 def torch_calls(p: Problem, i: int) -> Call:
     as_torch = torch.from_numpy if p.xp is np else torch.from_dlpack
+    if p.case.operation == "copy blocks":
+        (src, dst), pools = map(as_torch, p.pairs[:, i]), [as_torch(pool) for pool in p.pools]
+
+        def copy() -> None:
+            for pool in pools:
+                pool.index_copy_(0, dst, pool.index_select(0, src))
+
+        return copy
     (key, value), (k_pool, v_pool) = map(as_torch, p.tokens[:, i]), map(as_torch, p.flat)
     (k_out, v_out), slots, tables = map(as_torch, p.out[:, i]), as_torch(p.slots[i]), as_torch(p.tables[i])
     total, each = p.case.tokens, torch.arange(BLOCK_SIZE, dtype=torch.int32, device=slots.device)

@@ -73,7 +73,7 @@ def bars(rows: Sequence[Row], on_gpu: bool) -> Iterable[str]:
         yield from bar("an eager call within 2.0 of a bare launch (as its inverse)", 1 / 2.0,
                        [(row.eager["bare launch"] / row.eager[OURS], row.case.label) for row in rows])  # fmt: skip
         return
-    in_blocks = [row for row in rows if row.case.bytes >= 4e6 and row.case.operation != "scatter slots"]
+    in_blocks = [row for row in rows if row.case.bytes >= 4e6 and row.case.operation in ("scatter blocks", "gather")]
     yield from bar(">= 0.85 of np.copyto from 4 MB, gather and slots through whole blocks", 0.85,
                    [(row.share_of_copy(), row.case.label) for row in in_blocks])  # fmt: skip
     for kernel, text in (("reshape_and_cache", "scatter"), ("gather_cache", "gather")):
@@ -84,7 +84,7 @@ def bars(rows: Sequence[Row], on_gpu: bool) -> Iterable[str]:
                        [r for row in of_kernel if row.case.tokens >= 512 for r in rivals(row, "torch")])  # fmt: skip
         yield from bar(f"{text} >= 1.0 of PyTorch below 512 tokens", 1.0,
                        [r for row in of_kernel if row.case.tokens < 512 for r in rivals(row, "torch")])  # fmt: skip
-    single = [row for row in rows if row.case.tokens == 1 and row.case.operation != "gather"]
+    single = [row for row in rows if row.case.tokens == 1 and row.case.operation.startswith("scatter")]
     yield from bar("update of one token >= 1.0 of two index_copy_", 1.0,
                    [r for row in single for r in rivals(row, "torch")])  # fmt: skip
 

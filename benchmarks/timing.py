@@ -162,7 +162,7 @@ def measure(case: Case, xp: Any, seconds: float) -> Row:
         return Row(case, time_on_cpu(calls, seconds))
     ours = calls[OURS][0]
     row = Row(case, {}, {OURS: host_time(ours, xp), "bare launch": host_time(bare_launch(ours, xp), xp)})
-    if case.operation != "gather":
+    if case.operation.startswith("scatter"):
         empty = xp.RawKernel('extern "C" __global__ void empty() {}', "empty")
         calls["empty kernel"] = [lambda: empty((1,), (32,), ())] * sets
     row.seconds = time_on_gpu(calls, seconds, xp)

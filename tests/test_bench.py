@@ -33,12 +33,12 @@ def test_a_run_on_the_cpu(tmp_path):
     files = [f"--json={tmp_path / 'out.json'}", f"--plot={tmp_path / 'out.png'}"]
     text = run("--device=cpu", "--quick", *files, "--only", "8x128", "tokens=64")
     rows = [line for line in text.splitlines() if "8x128 float16" in line and not line.startswith(("met", "MISSED"))]
-    assert [line.split()[:-3][0] for line in rows] == ["scatter", "scatter", "gather"]
+    assert [line.split()[:-3][0] for line in rows] == ["scatter", "scatter", "gather", "copy"]
     bars = [line for line in text.splitlines() if line.startswith(("met", "MISSED"))]
     assert all("float16 tokens=64 against torch" in line for line in bars)
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["machine"]["numpy"] == np.__version__
-    assert [row["case"]["tokens"] for row in report["rows"]] == [64] * 3
+    assert [row["case"]["tokens"] for row in report["rows"]] == [64] * 4
     for row in report["rows"]:
         assert {"copy", "cupy_pagedkv", "indexing"} <= row["seconds"].keys()
         assert all(0 < seconds < 1 for seconds in row["seconds"].values())
