@@ -8,13 +8,13 @@
 >>> manager = KVCacheManager(cache)
 >>> prompt = [11, 12, 13, 14, 15, 16]
 >>> first = manager.add(prompt)
->>> with manager.prepare({first: prompt[first.num_cached_tokens :]}) as batch:
+>>> with manager.prepare({first: first.remaining}) as batch:
 ...     for layer in cache:
 ...         layer.update(np.ones((6, 1, 8), np.float16), np.ones((6, 1, 8), np.float16), batch.slot_mapping)
 >>> second = manager.add(prompt)
 >>> second.num_cached_tokens, first.num_tokens
 (4, 6)
->>> batch = manager.prepare({first: [17], second: prompt[4:]})
+>>> batch = manager.prepare({first: [17], second: second.remaining})
 >>> batch.seq_lens, batch.cu_seqlens, batch.positions, batch.slot_mapping
 (array([7, 6], dtype=int32), array([0, 1, 3], dtype=int32), array([6, 4, 5]), array([6, 8, 9]))
 >>> batch.block_tables
@@ -115,9 +115,8 @@ class KVCacheManager:
 
     >>> cache = LayeredPagedKVCache(1, 8, 4, num_kv_heads=1, head_dim=2, dtype="float16", device="cpu")
     >>> manager = KVCacheManager(cache)
-    >>> prompt = [1, 2, 3]
-    >>> sequence = manager.add(prompt)
-    >>> manager.commit(manager.prepare({sequence: prompt[sequence.num_cached_tokens :]}))
+    >>> sequence = manager.add([1, 2, 3])
+    >>> manager.commit(manager.prepare({sequence: sequence.remaining}))
     >>> draft = manager.prepare({sequence: [4, 5, 6]})  # a speculative run, of which one token is accepted
     >>> manager.commit(draft, accepted={sequence: 1})
     >>> branch = sequence.fork()
