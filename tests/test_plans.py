@@ -1,12 +1,15 @@
 """What the CUDA backend makes of shapes and strides: as few and as long runs as they allow, worked out by hand."""
 
+from typing import Any
+
 import numpy as np
 import oracle
 import pytest
 
 from cupy_pagedkv import copy_blocks, gather_cache, reshape_and_cache
 from cupy_pagedkv.devices.cuda_backend import _block_runs, _runs
-from cupy_pagedkv.devices.layout import Form
+from cupy_pagedkv.devices.emulator import EmulatedBackend
+from cupy_pagedkv.devices.layout import Form, Pools
 
 F2 = np.dtype(np.float16)
 POOL = Form((1, 4, 8, 3, 16), (0, 768, 96, 32, 2), F2)  # [layers, blocks, slots, heads, dim]
@@ -83,3 +86,28 @@ def test_blocks_that_fill_no_whole_accesses(device, rng, short):
     for pool in pools(host):
         pool[[3, 1]] = pool[[0, 5]]
     assert device.numpy(memory).tobytes() == host.tobytes()
+
+
+def plan_of_blocks(k_shape: tuple[int, ...], strides: tuple[int, ...], v_dim: int = 16) -> Any:
+    """Of copies between pools of uint8 that differ in head_dim alone, whatever their size."""
+    k_cache = Form(k_shape, strides, np.dtype(np.uint8))
+    v_cache = k_cache._replace(shape=(*k_shape[:4], v_dim))
+    return EmulatedBackend()._make_copy_plan(Pools(k_cache, v_cache, *k_shape[:3]), 0, 8, 8)
+
+
+def test_strides_of_axes_of_one_mean_nothing():
+    assert "#define ACCESS_T uint4" in plan_of_blocks((1, 1, 4, 1, 16), (7, 9, 16, 3, 1)).kernel.code
+    assert "#define ACCESS_T uint4" not in plan_of_blocks((2, 1, 4, 1, 16), (7, 9, 16, 3, 1)).kernel.code
+
+
+@pytest.mark.parametrize("large", ["K", "V"])
+def test_offsets_within_a_block_have_32_bits(large):
+    def plan(dim: int) -> Any:
+        k_dim, v_dim = (dim, 1) if large == "K" else (1, dim)
+        return plan_of_blocks((1, 2, 2**20, 1, k_dim), (0, 2**31, 2**11, 1, 1), v_dim)
+
+    assert plan(2**10).row >= 2**26
+    with pytest.raises(
+        ValueError, match=r"a block of K or V must have at most 1073741824 bytes here, got block_size 1048"
+    ):
+        plan(2**10 + 1)
