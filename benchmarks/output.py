@@ -33,7 +33,9 @@ def chore_lines(measured: Iterable[Chore]) -> Iterator[str]:
     yield f"{'many sequences, on the host':<58}{'µs':>9}   times as fast as"
     for chore in measured:
         cells = [f"{name} {chore.ratio_to(name):.2f}" for name in chore.seconds if name != OURS]
-        yield f"{chore.label:<58}{chore.seconds[OURS] * 1e6:>9.1f}   {', '.join(cells) or 'nothing that is installed'}"
+        if chore.at_least and not cells:
+            cells = ["nothing that is installed"]
+        yield f"{chore.label:<58}{chore.seconds[OURS] * 1e6:>9.1f}   {', '.join(cells)}".rstrip()
 
 
 def bar(text: str, at_least: float, measured: Iterable[tuple[float, str]]) -> Iterable[str]:
