@@ -365,16 +365,17 @@ def test_a_prompt_that_is_too_long_leaves_nothing(served):
     assert len(widths) < 10
 
 
-def test_one_long_sequence_among_many_short_ones():
-    """Takes a small page a row, and not a huge one."""
+def resident() -> int:
+    """Bytes of memory that the process has."""
     status = Path("/proc/self/status")
     if not status.exists():
         pytest.skip("the memory of the process is read from /proc, which is not there")
+    [kilobytes] = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmRSS")]
+    return int(kilobytes) * 1024
 
-    def resident() -> int:
-        [kilobytes] = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmRSS")]
-        return int(kilobytes) * 1024
 
+def test_one_long_sequence_among_many_short_ones():
+    """Takes a small page a row, and not a huge one."""
     manager = KVCacheManager(LayeredPagedKVCache(1, 2**19, 1, 1, 1, "uint8", "cpu"), prefix_caching=False)
     long = manager.add([])
     manager.commit(manager.prepare({long: np.arange(2**18)}))
@@ -388,14 +389,6 @@ def test_one_long_sequence_among_many_short_ones():
 
 def test_one_long_sequence_pads_the_others_for_nothing():
     """The padding of a batch's tables is memory that nobody touches."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        pytest.skip("the memory of the process is read from /proc, which is not there")
-
-    def resident() -> int:
-        [kilobytes] = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmRSS")]
-        return int(kilobytes) * 1024
-
     manager = KVCacheManager(LayeredPagedKVCache(1, 2**19, 1, 1, 1, "uint8", "cpu"), prefix_caching=False)
     long = manager.add([])
     manager.commit(manager.prepare({long: np.arange(2**18)}))
