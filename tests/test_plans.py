@@ -44,6 +44,7 @@ def test_runs_of_a_token(shape, strides, pool, expected):
         ((1, 4, 8, 3, 16), (0, 999, 512, 64, 2), ((8, 3, 32), (512, 64))),  # slots and heads apart
         ((1, 4, 8, 3, 16), (0, 999, -96, 32, 2), ((1, 8, 96), (0, -96))),  # slots the other way round
         ((1, 4, 8, 3, 16), (0, 999, 96, -32, 2), ((8, 3, 32), (96, -32))),  # and heads
+        ((1, 4, 8, 3, 16), (0, 999, -512, 64, 2), ((8, 3, 32), (-512, 64))),  # and both apart
         ((1, 4, 1, 3, 16), (0, 999, 7, 32, 2), ((1, 1, 96), (0, 0))),  # one slot, wherever
         ((1, 4, 8, 1, 16), (0, 999, 32, -5, 2), ((1, 1, 256), (0, 0))),  # one head
     ],
@@ -56,14 +57,14 @@ def test_elements_at_any_distance(device, rng):
     """Fields of packed structures lie where their type could not be accessed."""
     if device.name == "cupy":
         pytest.skip("CuPy has no structures")
-    packed = np.dtype([("flag", np.uint8), ("x", np.float16)])
+    packed = np.dtype([("x", np.float16), ("flag", np.uint8)])
     key, value = (oracle.random_array(rng, (6, 2, 8), packed) for _ in range(2))
     pools = oracle.random_array(rng, (2, 3, 4, 2, 8), np.float16)
     expected = pools.copy()
     slots = [3, 0, 11, 5, 6, 7]
     reshape_and_cache(key["x"], value["x"], *pools, slots)
     for tokens, pool in zip((key, value), expected, strict=True):
-        oracle.scatter(tokens.view(np.uint8).reshape(6, 2, 8, 3)[..., 1:].copy().view(np.float16)[..., 0], pool, slots)
+        oracle.scatter(tokens.view(np.uint8).reshape(6, 2, 8, 3)[..., :2].copy().view(np.float16)[..., 0], pool, slots)
     assert pools.tobytes() == expected.tobytes()
     before = key["flag"].copy(), value["flag"].copy()
     gather_cache(*pools, [[0, 2]], [6], out=(key["x"], value["x"]))

@@ -43,7 +43,7 @@ def _runs(tokens: Form, pool: Form) -> tuple[int, int, int]:
     if dim > 1 and tokens.strides[3] != item:
         return heads, dim, item
     row = dim * item
-    if heads == 1 or tokens.strides[2] == pool.strides[3] == row:
+    if tokens.strides[2] == pool.strides[3] == row:
         return 1, 1, heads * row
     return heads, 1, row
 
