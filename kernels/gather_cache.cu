@@ -17,8 +17,8 @@
 // needs no scratch memory. A warp narrows num_seqs sequences to its own by a factor of 32 a round; the first round
 // reads every length once, 32 at a time. A block-table entry is read once a slice.
 //
-// Six blocks a multiprocessor (the second launch bound) leave a thread 80 registers; bench.py's shapes take up to 66. Without
-// it ptxas aims at ten and spills for sm_80 and sm_90.
+// Six blocks a multiprocessor (the second launch bound) leave a thread 80 registers; bench.py's shapes take up to 66.
+// Without it ptxas aims at ten and spills for sm_80 and sm_90.
 
 #include "rows.cuh"
 

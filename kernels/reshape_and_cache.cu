@@ -14,8 +14,8 @@
 //
 // A warp reads its slot once, and its loads do not wait for it.
 //
-// Six blocks a multiprocessor (the second launch bound) leave a thread 80 registers; bench.py's shapes take up to 56. With
-// eight, rows of 1,152 accesses of 16 bytes spilled for sm_90; without a bound ptxas at times aims at more blocks still.
+// Six blocks a multiprocessor (the second launch bound) leave a thread 80 registers; bench.py's shapes take up to 56.
+// With eight, rows of 1,152 accesses of 16 bytes spilled for sm_90; without a bound ptxas at times aims at more blocks still.
 
 #include "rows.cuh"
 

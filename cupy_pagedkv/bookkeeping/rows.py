@@ -41,7 +41,7 @@ class NewTokens:
         """Where each row's tokens begin among all."""
         self.index = np.repeat(np.arange(len(rows)), counts)
         """Of each token: whose it is, as a place in ``rows``."""
-        self.positions = ranges(starts, counts)
+        self.positions = (starts - self.first)[self.index] + np.arange(len(tokens))
 
 
 class SequenceRows:

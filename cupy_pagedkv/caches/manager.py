@@ -370,7 +370,7 @@ class KVCacheManager:
         last, offset = divmod(num_tokens, self._block_size)
         if offset and last < length // self._block_size and self._prefix_caching:
             # A full block becomes the last one and is not full any more; its tokens are in the trie.
-            block = int(self._rows.blocks(row)[last])
+            [block] = self._rows.blocks_at(np.array([row]), np.array([last])).tolist()
             self._rows.begin(row, np.frombuffer(self._pool.node_of(block).chunk, np.int32))
         self._rows.lengths[row] = num_tokens
         self._pool.release(self._rows.shrink(row))

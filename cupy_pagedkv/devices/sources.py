@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TypeAlias
 
-__all__ = ["Defines", "files_of", "source_of"]
+__all__ = ["Defines", "source_of"]
 
 Defines: TypeAlias = tuple[tuple[str, str | int], ...]
 
@@ -20,13 +20,6 @@ def source_of(name: str, defines: Defines) -> str:
     ``#line`` makes a compile error name file and line. Raises ``FileNotFoundError`` for an include that is not there.
     """
     return "\n".join([*(f"#define {key} {value}" for key, value in defines), *_lines_of(f"{name}.cu", [])])
-
-
-def files_of(name: str) -> list[Path]:
-    """``kernels/name.cu`` and all that it includes."""
-    included: list[str] = []
-    _lines_of(f"{name}.cu", included)
-    return [_folder() / file for file in included]
 
 
 def _lines_of(file: str, included: list[str]) -> list[str]:

@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 skip_oversized=options.skip_oversized,
                 step_time=options.step_time,
                 step_time_per_token=options.step_time_per_token,
-                on_step=steps.append if options.plot is not None else lambda step: None,
+                on_step=steps.append,
                 **({"on_progress": bar.update} if bar is not None else {}),
             )
         if options.plot is not None:
