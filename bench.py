@@ -24,7 +24,8 @@ from benchmarks.kernels import KERNELS, print_reports
 from benchmarks.output import bars, chore_bars, chore_lines, machine, plot, table
 from benchmarks.timing import Row, measure
 from benchmarks.watch import check_when_told, watch
-from cupy_pagedkv.devices import backend, nvrtc
+from cupy_pagedkv.devices import backend
+from cupy_pagedkv.emulator import nvrtc
 from cupy_pagedkv.devices.cuda_backend import CudaBackend
 
 MANAGER = "manager"

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 import cupy_pagedkv.devices.backend as backend
-import cupy_pagedkv.devices.emulator as emulator
+from cupy_pagedkv.devices.emulated_backend import EmulatedBackend
 from cupy_pagedkv.devices.numpy_backend import NumpyBackend
+from cupy_pagedkv.emulator import RawKernel
 
 specialisations: set[tuple[str, tuple[tuple[str, str | int], ...]]] = set()
 """(kernel, defines) of every kernel that was launched on the emulated device so far."""
 
-_build_kernel = emulator.EmulatedBackend._build_kernel
+_build_kernel = EmulatedBackend._build_kernel
 
 
 def _recording_build_kernel(self: Any, name: str, defines: Any) -> Any:
@@ -22,7 +23,7 @@ def _recording_build_kernel(self: Any, name: str, defines: Any) -> Any:
     return _build_kernel(self, name, defines)
 
 
-emulator.EmulatedBackend._build_kernel = _recording_build_kernel
+EmulatedBackend._build_kernel = _recording_build_kernel
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -121,13 +122,13 @@ def debug(device: Device, monkeypatch: pytest.MonkeyPatch) -> Device:
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
     """(kernel, grid) of each launch of the test, on the emulated device."""
     made: list[tuple[str, tuple[int, ...]]] = []
-    call = emulator.RawKernel.__call__
+    call = RawKernel.__call__
 
-    def counting(self: Any, grid: Any, block: Any, args: Any) -> None:
+    def counting(self: Any, grid: Any, block: Any, args: Any, **options: Any) -> None:
         made.append((self.name, grid))
-        call(self, grid, block, args)
+        call(self, grid, block, args, **options)
 
-    monkeypatch.setattr(emulator.RawKernel, "__call__", counting)
+    monkeypatch.setattr(RawKernel, "__call__", counting)
     monkeypatch.setattr(backend, "EMULATE", True)
     return made
 

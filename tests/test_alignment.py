@@ -92,7 +92,7 @@ def test_a_call_on_aligned_arrays_is_the_widest(device, rng, monkeypatch):
     """Or the tests above would show nothing."""
     if device.name != "emulated":
         pytest.skip("the kernel's parameters are looked at on the emulated device")
-    from cupy_pagedkv.devices.emulator import EmulatedBackend
+    from cupy_pagedkv.devices.emulated_backend import EmulatedBackend
 
     made = []
     monkeypatch.setattr(EmulatedBackend, "_build_kernel", lambda self, name, defines: made.append(dict(defines)))

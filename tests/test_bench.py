@@ -18,7 +18,8 @@ import pytest
 
 from benchmarks import cases, chores, kernels, output, timing
 from cupy_pagedkv.caches.sequence import CachedSequence
-from cupy_pagedkv.devices.emulator import EmulatedBackend, RawKernel
+from cupy_pagedkv.devices.emulated_backend import EmulatedBackend
+from cupy_pagedkv.emulator import RawKernel
 
 ROOT = Path(__file__).resolve().parents[1]
 

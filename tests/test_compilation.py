@@ -13,7 +13,7 @@ import pytest
 
 import cupy_pagedkv.devices.backend as backend
 from cupy_pagedkv import PagedKVCache
-from cupy_pagedkv.devices.nvrtc import ARCHITECTURES, compile_kernel, report_on
+from cupy_pagedkv.emulator.nvrtc import ARCHITECTURES, compile_kernel, report_on
 from cupy_pagedkv.devices.sources import source_of
 
 pytest.importorskip("cuda.core", reason="cuda.core is not installed, which NVRTC is called through")

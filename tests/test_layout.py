@@ -6,7 +6,7 @@ import pytest
 
 import cupy_pagedkv.devices.backend as backend
 from cupy_pagedkv import PagedKVCache, gather_cache, reshape_and_cache
-from cupy_pagedkv.devices.emulator import EmulatedBackend
+from cupy_pagedkv.devices.emulated_backend import EmulatedBackend
 
 
 @pytest.fixture

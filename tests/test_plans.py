@@ -8,7 +8,7 @@ import pytest
 
 from cupy_pagedkv import copy_blocks, gather_cache, reshape_and_cache
 from cupy_pagedkv.devices.cuda_backend import _block_runs, _runs
-from cupy_pagedkv.devices.emulator import EmulatedBackend
+from cupy_pagedkv.devices.emulated_backend import EmulatedBackend
 from cupy_pagedkv.devices.layout import Form, Pools
 
 F2 = np.dtype(np.float16)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import cupy_pagedkv.devices.sources as sources
-from cupy_pagedkv.devices.emulator import CompileError, RawKernel
+from cupy_pagedkv.emulator import CompileError, RawKernel
 from cupy_pagedkv.devices.sources import source_of
 
 

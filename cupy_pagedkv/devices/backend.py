@@ -3,7 +3,8 @@
 Environment, read when the package is imported:
 
 ``CUPY_PAGEDKV_EMULATE=1``
-    NumPy arrays are worked on by the CUDA kernels, compiled for the host, instead of by NumPy.
+    NumPy arrays are worked on by the CUDA kernels, compiled for the host, instead of by NumPy. ``check`` is the same
+    with every access checked (:mod:`cupy_pagedkv.emulator`).
 ``CUPY_PAGEDKV_DEBUG=1``
     Indices are checked on every device, and duplicate slots refused, at the price of waiting for a GPU's stream.
 """
@@ -23,15 +24,15 @@ __all__ = ["Backend", "backend_of", "backend_on"]
 Backend: TypeAlias = NumpyBackend | CudaBackend
 
 
-def _switch(name: str) -> bool:
+def _switch(name: str, *on: str) -> bool:
     value = os.environ.get(name, "")
-    if value not in ("", "0", "1"):
-        raise ValueError(f"the environment variable {name} must be 1 or 0, got {value!r}")
-    return value == "1"
+    if value not in ("", "0", *on):
+        raise ValueError(f"the environment variable {name} must be {', '.join(on)} or 0, got {value!r}")
+    return value in on
 
 
-EMULATE = _switch("CUPY_PAGEDKV_EMULATE")
-DEBUG = _switch("CUPY_PAGEDKV_DEBUG")
+EMULATE = _switch("CUPY_PAGEDKV_EMULATE", "1", "check")
+DEBUG = _switch("CUPY_PAGEDKV_DEBUG", "1")
 
 _numpy = NumpyBackend()
 
@@ -45,7 +46,7 @@ def _cuda() -> CudaBackend:
 
 @functools.cache
 def _emulated() -> CudaBackend:
-    from .emulator import EmulatedBackend
+    from .emulated_backend import EmulatedBackend
 
     return EmulatedBackend()
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TypeAlias
 
-__all__ = ["Defines", "source_of"]
+__all__ = ["Defines", "source_of", "with_includes"]
 
 Defines: TypeAlias = tuple[tuple[str, str | int], ...]
 
@@ -19,22 +19,33 @@ def source_of(name: str, defines: Defines) -> str:
 
     ``#line`` makes a compile error name file and line. Raises ``FileNotFoundError`` for an include that is not there.
     """
-    return "\n".join([*(f"#define {key} {value}" for key, value in defines), *_lines_of(f"{name}.cu", [])])
+    file = f"{name}.cu"
+    parameters = (f"#define {key} {value}" for key, value in defines)
+    return "\n".join([*parameters, *_lines_of((_folder() / file).read_text(), f"kernels/{file}", [])])
 
 
-def _lines_of(file: str, included: list[str]) -> list[str]:
-    included.append(file)
-    lines = [f'#line 1 "kernels/{file}"']
-    for number, line in enumerate((_folder() / file).read_text().splitlines(), 1):
+def with_includes(code: str, file: str) -> str:
+    """``code``, which errors will call ``file``, with what it includes of ``kernels/`` put in as for ours.
+
+    Raises ``FileNotFoundError`` for an include that is not there.
+    """
+    return "\n".join(_lines_of(code, file, []))
+
+
+def _lines_of(code: str, file: str, included: list[str]) -> list[str]:
+    lines = [f'#line 1 "{file}"']
+    for number, line in enumerate(code.splitlines(), 1):
         include = _INCLUDE.fullmatch(line)
         if include is None:
             lines.append(line)
             continue
-        if not (_folder() / include[1]).is_file():
-            raise FileNotFoundError(f"kernels/{file}:{number}: there is no kernels/{include[1]} to #include")
+        path = _folder() / include[1]
+        if not path.is_file():
+            raise FileNotFoundError(f"{file}:{number}: there is no kernels/{include[1]} to #include")
         if include[1] not in included:
-            lines += _lines_of(include[1], included)
-        lines.append(f'#line {number + 1} "kernels/{file}"')
+            included.append(include[1])
+            lines += _lines_of(path.read_text(), f"kernels/{include[1]}", included)
+        lines.append(f'#line {number + 1} "{file}"')
     return lines
 
 

@@ -1,6 +1,6 @@
 """What NVIDIA's compiler makes of a kernel, for any architecture, with no GPU and no driver.
 
->>> from cupy_pagedkv.devices.nvrtc import report_on
+>>> from cupy_pagedkv.emulator.nvrtc import report_on
 >>> print(report_on('extern "C" __global__ void f(uint4* a) { a[threadIdx.x] = a[threadIdx.x + 1]; }', arch=90))
  10 registers, 0 B stack, 0 B spilled; loads 1 x 128 bits; stores 1 x 128 bits
 
@@ -33,6 +33,8 @@ class Resources(NamedTuple):
     """Bytes of stack frame."""
     spills: int
     """Bytes of spill stores and of spill loads."""
+    shared_memory: int
+    """Bytes of a block, without dynamic ones."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class CompilerReport:
         def widths(counts: dict[int, int]) -> str:
             return ", ".join(f"{count} x {width}" for width, count in sorted(counts.items(), reverse=True)) or "0 x 0"
 
-        registers, stack, spills = self.resources
+        registers, stack, spills, _ = self.resources
         return (
             f"{registers:>3} registers, {stack} B stack, {spills} B spilled; "
             f"loads {widths(self.loads)} bits; stores {widths(self.stores)} bits"
@@ -72,7 +74,10 @@ def compile_kernel(code: str, arch: int) -> tuple[bytes, Resources]:
     [(stack, stores, loads)] = re.findall(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue()
     )
-    return bytes(cubin), Resources(int(registers), int(stack), int(stores) + int(loads))
+    shared_memory = re.search(r"(\d+) bytes smem", log.getvalue())
+    return bytes(cubin), Resources(
+        int(registers), int(stack), int(stores) + int(loads), int(shared_memory[1]) if shared_memory else 0
+    )
 
 
 def report_on(code: str, arch: int) -> CompilerReport:

@@ -1,0 +1,40 @@
+"""The emulated device: the kernels in ``kernels/`` compiled for the host and run on NumPy arrays.
+
+:class:`EmulatedBackend` is the CUDA backend with NumPy and :class:`cupy_pagedkv.emulator.RawKernel` in CuPy's place, so
+that the sources and the launch code that run here are those that run on a GPU.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+
+from ..emulator import RawKernel
+from .cuda_backend import CudaBackend
+from .numpy_backend import HostArrays
+from .sources import source_of
+
+__all__ = ["EmulatedBackend"]
+
+
+class EmulatedBackend(HostArrays, CudaBackend):
+    """The CUDA backend on NumPy arrays."""
+
+    name = "emulated"
+
+    def __init__(self) -> None:
+        super().__init__(np)
+
+    def _build_kernel(self, name: str, defines: tuple[tuple[str, str | int], ...]) -> RawKernel:
+        return RawKernel(source_of(name, defines), name)
+
+    def _count_processors(self, device: str) -> int:
+        return 4  # so that small launches use thread blocks of each size
+
+    def _device(self, array: np.ndarray) -> str:
+        return "cpu"
+
+    def _address(self, array: np.ndarray) -> int:
+        return array.ctypes.data
+
+    def on(self, device: str) -> AbstractContextManager[None]:
+        return nullcontext()

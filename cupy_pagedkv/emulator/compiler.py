@@ -1,0 +1,162 @@
+"""Kernels compiled for the host, kept by content; and which line of a kernel an address in it belongs to."""
+
+import functools
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+__all__ = ["CompileError", "compile_kernel", "compile_runtime", "place_of"]
+
+_FOLDER = Path(__file__).parent
+_RUNTIME = ("runtime.cpp", "checks.cpp", "profile.cpp")
+_RUNTIME_HEADERS = ("runtime.hpp", "worker.hpp", "checks.hpp", "profile.hpp")
+_KERNEL_HEADERS = ("cuda.hpp", "ptx.hpp", "runtime.hpp")
+_CHECKED = (
+    "-fsanitize=thread",  # at compile time only: what it calls stands in checks.cpp
+    "-fno-tree-sra",  # or GCC would take a 16-byte access apart into those of its members
+    "-DEMULATED_CHECKED",
+)
+_DYNAMIC_SHARED = re.compile(r"\bextern\b(?=[^;{}]*\b__shared__\b)[^;{}]*?\b(\w+)\s*\[\s*\]\s*;")
+
+
+class CompileError(RuntimeError):
+    """The host compiler refused a kernel, or there is no compiler. The message holds the compiler's own lines."""
+
+
+@functools.cache
+def _compiler(cxx: str | None, path: str | None) -> tuple[tuple[str, ...], str]:
+    """The command of the C++ compiler and what it says of its version."""
+    candidates = [cxx] if cxx and cxx.strip() else ["c++", "g++", "clang++"]
+    for candidate in candidates:
+        program, *flags = shlex.split(candidate)
+        if found := shutil.which(program, path=path):
+            version = subprocess.run([found, *flags, "--version"], capture_output=True, text=True, check=False)
+            return (found, *flags), version.stdout
+    raise CompileError(
+        f"the emulated device needs a C++ compiler, and none of {candidates} is on the PATH; "
+        "install one (Debian: apt install g++) or name it in the environment variable CXX"
+    )
+
+
+def _cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "cupy_pagedkv"
+
+
+def _own_flags() -> list[str]:
+    return shlex.split(os.environ.get("CXXFLAGS", ""))
+
+
+@functools.cache
+def _text(names: tuple[str, ...]) -> str:
+    return "\0".join((_FOLDER / name).read_text() for name in names)
+
+
+def _build(name: str, ingredients: list[str], steps: list[list[str]], source: str | None) -> Path:
+    """The library that ``steps`` of the compiler make, where ``{out}`` is its path and ``{folder}`` one to work in,
+    unless the cache folder has that of the same ``ingredients`` and compiler."""
+    command, version = _compiler(os.environ.get("CXX"), os.environ.get("PATH"))
+    key = "\0".join([*command, version, *ingredients])
+    library = _cache_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    # Compiled beside its place and moved there whole, so that two processes can do it at once.
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        built = Path(folder) / library.name
+        for step in steps:
+            arguments = [argument.format(out=built, folder=folder) for argument in step]
+            run = subprocess.run(
+                [*command, *arguments], input=source, capture_output=True, text=True, check=False, cwd=folder
+            )
+            if run.returncode:
+                raise CompileError(
+                    f"{command[0]} could not compile the kernel {name}:\n{run.stderr}{_advice(run.stderr)}"
+                )
+        built.replace(library)
+    return library
+
+
+def compile_runtime() -> Path:
+    """The library that runs kernels, compiled with ``CXXFLAGS``."""
+    sources = [str(_FOLDER / name) for name in _RUNTIME]
+    flags = ["-std=c++17", "-O2", "-g1", "-fPIC", "-shared", "-pthread", *_own_flags()]
+    return _build("runtime", [*flags, _text(_RUNTIME), _text(_RUNTIME_HEADERS)], [[*flags, *sources, "-o", "{out}"]], None)
+
+
+def compile_kernel(code: str, name: str, options: tuple[str, ...], arch: int, instrumented: bool) -> Path:
+    """The library of the kernel ``name`` of ``code``. ``instrumented``: each of its accesses is seen."""
+    runtime = compile_runtime()
+    flags = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden"]
+    flags += [f"-D__CUDA_ARCH__={arch}0", *options, *_own_flags()]
+    flags += ["-fsanitize=alignment", "-fno-sanitize-recover=alignment", *(_CHECKED if instrumented else ())]
+    dynamic = sorted(set(_DYNAMIC_SHARED.findall(code)))
+    source = "\n".join(
+        [
+            f'#line 1 "{name}.cu"\n{code}\n#line 1 "launcher of {name}"',
+            "EMULATED_DYNAMIC_SHARED" if dynamic else "",
+            *(f"EMULATED_DYNAMIC_NAME({array})" for array in dynamic),
+            f"EMULATED_KERNEL({name}, {'[]() -> char* { return emulated_dynamic_shared; }' if dynamic else '[]() -> char* { return nullptr; }'})",
+        ]
+    )
+    compile_step = [*flags, "-fdebug-prefix-map={folder}=.", "-include", str(_FOLDER / "cuda.hpp")]
+    return _build(
+        name,
+        [*flags, str(runtime), _text(_KERNEL_HEADERS), source],
+        [
+            # Two steps, since -fsanitize would link libraries whose work is done here.
+            [*compile_step, "-x", "c++", "-c", "-", "-o", "{folder}/compiled.o"],
+            [*_own_flags(), "-shared", "{folder}/compiled.o", str(runtime), "-o", "{out}"],
+        ],
+        source,
+    )
+
+
+_UNKNOWN = (
+    r"[‘'`](\w+)['’] was not declared in this scope",
+    r"use of undeclared identifier '(\w+)'",
+    r"[‘'](\w+)['’] does not name a type",
+    r"unknown type name '(\w+)'",
+    r"[‘'](\w+)['’] has not been declared",
+)
+
+
+def _advice(errors: str) -> str:
+    """What to do about CUDA that the emulated device does not have."""
+    if header := re.search(r"fatal error: ['\"]?([\w/.]+)['\"]?(: No such file| file not found)", errors):
+        return (
+            f"\nNo header of CUDA's is here, {header[1]} neither. If few of its names are used, give them a place in "
+            f"{_FOLDER / 'cuda.hpp'}."
+        )
+    if "Assembler messages" in errors or "in 'asm'" in errors or "in ‘asm’" in errors or "in asm" in errors:
+        return (
+            "\nInline PTX does not run on a host. kernels/ptx.cuh has functions for instructions, whose twins stand in "
+            f"{_FOLDER / 'ptx.hpp'}."
+        )
+    unknown = sorted({name for pattern in _UNKNOWN for name in re.findall(pattern, errors)})
+    if not unknown:
+        return ""
+    return (
+        f"\nThe emulated device does not know {', '.join(unknown)}. If that is CUDA's, its place is "
+        f"{_FOLDER / 'cuda.hpp'}."
+    )
+
+
+@functools.cache
+def place_of(library: Path, offset: int) -> str:
+    """``file:line`` of the kernel's source for what was compiled to ``offset``, an address that a call returns to."""
+    program = shutil.which("addr2line")
+    if program is not None:
+        run = subprocess.run(
+            [program, "-i", "-e", str(library), hex(offset - 1)], capture_output=True, text=True, check=False
+        )
+        for line in run.stdout.splitlines():  # the innermost of inlined functions first
+            place = line.partition(" (discriminator")[0].removeprefix("./")
+            if not place.startswith((str(_FOLDER), "??")):
+                return re.sub(r"^.*?/?(kernels/|[^/]*$)", r"\1", place)
+    return f"{library.name}+{offset:#x}"
