@@ -191,7 +191,7 @@ void Checks::touch(std::uintptr_t address, std::size_t size, int touch, const vo
                  "has not been waited for", ME, verb(touch), size, (std::size_t)address);
         if (space == SHARED && !(touch & WRITE) && !c.write)
             fail(place, nullptr, "{0}: " WHO " %s %zu bytes of shared memory at address 0x%zx, which no thread of the block "
-                 "wrote", ME, verb(touch), size, (std::size_t)address);
+                 "has written", ME, verb(touch), size, (std::size_t)address);
         if (c.write && c.write != now && !(atomic && c.write_place & ATOMIC_PLACE) && !ordered(c.write))
             race(address, size, touch, place, c.write, c.write_place, true);
         if (writes) {

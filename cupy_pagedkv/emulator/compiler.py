@@ -92,7 +92,7 @@ def compile_runtime() -> Path:
 def compile_kernel(code: str, name: str, options: tuple[str, ...], arch: int, instrumented: bool) -> Path:
     """The library of the kernel ``name`` of ``code``. ``instrumented``: each of its accesses is seen."""
     runtime = compile_runtime()
-    flags = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden"]
+    flags = ["-std=c++17", "-O1", "-g1", "-gdwarf-4", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden"]
     flags += [f"-D__CUDA_ARCH__={arch}0", *options, *_own_flags()]
     flags += ["-fsanitize=alignment", "-fno-sanitize-recover=alignment", *(_CHECKED if instrumented else ())]
     dynamic = sorted(set(_DYNAMIC_SHARED.findall(code)))
@@ -157,6 +157,6 @@ def place_of(library: Path, offset: int) -> str:
         )
         for line in run.stdout.splitlines():  # the innermost of inlined functions first
             place = line.partition(" (discriminator")[0].removeprefix("./")
-            if not place.startswith((str(_FOLDER), "??")):
+            if not place.startswith((str(_FOLDER), "??", "<stdin>")):
                 return re.sub(r"^.*?/?(kernels/|[^/]*$)", r"\1", place)
     return f"{library.name}+{offset:#x}"

@@ -23,7 +23,7 @@
 #define __forceinline__ inline
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
-#define __align__(n) alignas(n)
+#define __align__(n) __attribute__((aligned(n)))
 #define __grid_constant__
 #define __shared__ thread_local  // a host thread runs one block at a time
 #define EMULATED 1
@@ -144,29 +144,29 @@ inline std::size_t __cvta_generic_to_shared(const void* p) { return (std::size_t
 inline std::size_t __cvta_generic_to_global(const void* p) { return (std::size_t)p; }
 
 // The compiler instruments loads and stores, not what happens inside the C library.
-EMULATED_UNSEEN __attribute__((noinline)) inline void* emulated_memcpy(void* to, const void* from, std::size_t size)
+EMULATED_CALLED inline void* emulated_memcpy(void* to, const void* from, std::size_t size)
 {
     emulated_touch(from, size, emulated::READ, __builtin_return_address(0));
     emulated_touch(to, size, emulated::WRITE, __builtin_return_address(0));
     return std::memcpy(to, from, size);
 }
-EMULATED_UNSEEN __attribute__((noinline)) inline void* emulated_memset(void* to, int value, std::size_t size)
+EMULATED_CALLED inline void* emulated_memset(void* to, int value, std::size_t size)
 {
     emulated_touch(to, size, emulated::WRITE, __builtin_return_address(0));
     return std::memset(to, value, size);
 }
 
 // Barriers and fences.
-inline void __syncthreads(unsigned line = __builtin_LINE()) { emulated_barrier(emulated::NO_VOTE, 0, line); }
-inline int __syncthreads_count(int predicate, unsigned line = __builtin_LINE())
+EMULATED_INLINE void __syncthreads(unsigned line = __builtin_LINE()) { emulated_barrier(emulated::NO_VOTE, 0, line); }
+EMULATED_INLINE int __syncthreads_count(int predicate, unsigned line = __builtin_LINE())
 {
     return emulated_barrier(emulated::COUNT, predicate, line);
 }
-inline int __syncthreads_and(int predicate, unsigned line = __builtin_LINE())
+EMULATED_INLINE int __syncthreads_and(int predicate, unsigned line = __builtin_LINE())
 {
     return emulated_barrier(emulated::AND, predicate, line);
 }
-inline int __syncthreads_or(int predicate, unsigned line = __builtin_LINE())
+EMULATED_INLINE int __syncthreads_or(int predicate, unsigned line = __builtin_LINE())
 {
     return emulated_barrier(emulated::OR, predicate, line);
 }
@@ -174,14 +174,14 @@ inline void __threadfence() { emulated_fence(); }
 inline void __threadfence_block() {}
 inline void __threadfence_system() { emulated_fence(); }
 inline void __nanosleep(unsigned) {}
-inline void __trap() { emulated_trap("__trap"); }
+EMULATED_INLINE void __trap() { emulated_trap("__trap"); }
 
 // Collectives of a warp.
-inline void __syncwarp(unsigned mask = emulated_full_mask, unsigned line = __builtin_LINE())
+EMULATED_INLINE void __syncwarp(unsigned mask = emulated_full_mask, unsigned line = __builtin_LINE())
 {
     emulated_meet(emulated::SYNC, mask, nullptr, 0, line);
 }
-inline unsigned __activemask(unsigned line = __builtin_LINE()) { return emulated_activemask(line); }
+EMULATED_INLINE unsigned __activemask(unsigned line = __builtin_LINE()) { return emulated_activemask(line); }
 
 // What `from` brought; garbage, if it is not there or did not come.
 template <class T> EMULATED_UNSEEN T emulated_brought(const emulated::Meeting* meeting, int from)
@@ -193,31 +193,32 @@ template <class T> EMULATED_UNSEEN T emulated_brought(const emulated::Meeting* m
         std::memset(&value, 0x7f, sizeof value);
     return value;
 }
-template <class T> EMULATED_UNSEEN T emulated_shuffle(unsigned mask, T value, int from, unsigned line)
+template <class T> EMULATED_CALLED T emulated_shuffle(unsigned mask, T value, int from, unsigned line)
 {
     static_assert(sizeof(T) <= 8, "a shuffle moves at most 8 bytes");
-    return emulated_brought<T>(emulated_meet(emulated::SHUFFLE, mask, &value, sizeof value, line), from);
+    return emulated_brought<T>(emulated_meet(emulated::SHUFFLE, mask, &value, sizeof value, line,
+                                             __builtin_return_address(0)), from);
 }
 template <class T>
-inline T __shfl_sync(unsigned mask, T value, int source, int width = 32, unsigned line = __builtin_LINE())
+EMULATED_INLINE T __shfl_sync(unsigned mask, T value, int source, int width = 32, unsigned line = __builtin_LINE())
 {
     const int lane = (int)emulated_lane();
     return emulated_shuffle(mask, value, (lane & ~(width - 1)) | (source & (width - 1)), line);
 }
 template <class T>
-inline T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, unsigned line = __builtin_LINE())
+EMULATED_INLINE T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, unsigned line = __builtin_LINE())
 {
     const int lane = (int)emulated_lane(), from = lane - (int)delta;
     return emulated_shuffle(mask, value, from < (lane & ~(width - 1)) ? lane : from, line);
 }
 template <class T>
-inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, unsigned line = __builtin_LINE())
+EMULATED_INLINE T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, unsigned line = __builtin_LINE())
 {
     const int lane = (int)emulated_lane(), from = lane + (int)delta;
     return emulated_shuffle(mask, value, from > (lane | (width - 1)) ? lane : from, line);
 }
 template <class T>
-inline T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, unsigned line = __builtin_LINE())
+EMULATED_INLINE T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, unsigned line = __builtin_LINE())
 {
     const int lane = (int)emulated_lane(), from = lane ^ lanes;
     return emulated_shuffle(mask, value, from > (lane | (width - 1)) ? lane : from, line);
@@ -225,34 +226,34 @@ inline T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, unsi
 
 // What all lanes of the mask brought, put together by `step`, lane by lane.
 template <class T, class R, class Step>
-EMULATED_UNSEEN R emulated_over(emulated::Kind kind, unsigned mask, T value, unsigned line, R result, Step step)
+EMULATED_CALLED R emulated_over(emulated::Kind kind, unsigned mask, T value, unsigned line, R result, Step step)
 {
-    const emulated::Meeting* meeting = emulated_meet(kind, mask, &value, sizeof value, line);
+    const emulated::Meeting* meeting = emulated_meet(kind, mask, &value, sizeof value, line, __builtin_return_address(0));
     for (int lane = 0; lane < 32; ++lane)
         if (meeting->present >> lane & 1) result = step(result, emulated_brought<T>(meeting, lane), lane);
     return result;
 }
-inline unsigned __ballot_sync(unsigned mask, int vote, unsigned line = __builtin_LINE())
+EMULATED_INLINE unsigned __ballot_sync(unsigned mask, int vote, unsigned line = __builtin_LINE())
 {
     return emulated_over(emulated::VOTE, mask, vote, line, 0u,
                          [](unsigned votes, int v, int lane) EMULATED_UNSEEN { return votes | (v != 0 ? 1u << lane : 0u); });
 }
-inline int __any_sync(unsigned mask, int vote, unsigned line = __builtin_LINE())
+EMULATED_INLINE int __any_sync(unsigned mask, int vote, unsigned line = __builtin_LINE())
 {
     return emulated_over(emulated::VOTE, mask, vote, line, 0, [](int any, int v, int) EMULATED_UNSEEN { return any | (v != 0); });
 }
-inline int __all_sync(unsigned mask, int vote, unsigned line = __builtin_LINE())
+EMULATED_INLINE int __all_sync(unsigned mask, int vote, unsigned line = __builtin_LINE())
 {
     return emulated_over(emulated::VOTE, mask, vote, line, 1, [](int all, int v, int) EMULATED_UNSEEN { return all & (v != 0); });
 }
-template <class T> inline unsigned __match_any_sync(unsigned mask, T value, unsigned line = __builtin_LINE())
+template <class T> EMULATED_INLINE unsigned __match_any_sync(unsigned mask, T value, unsigned line = __builtin_LINE())
 {
     return emulated_over(emulated::MATCH, mask, value, line, 0u, [value](unsigned same, T v, int lane) EMULATED_UNSEEN {
         return same | (std::memcmp(&v, &value, sizeof v) == 0 ? 1u << lane : 0u);
     });
 }
 #define EMULATED_REDUCE(name, types, start, expression)                                                        \
-    template <class T> inline T name(unsigned mask, T value, unsigned line = __builtin_LINE())                 \
+    template <class T> EMULATED_INLINE T name(unsigned mask, T value, unsigned line = __builtin_LINE())                 \
     {                                                                                                          \
         static_assert(types, "32-bit integers, as on the device");                                            \
         return emulated_over(emulated::REDUCE, mask, value, line, (T)(start),                                  \
@@ -285,7 +286,7 @@ EMULATED_UNSEEN T emulated_atomic(T* address, const void* place, Step step)
     }
 }
 #define EMULATED_ATOMIC(name, expression)                                                                   \
-    template <class T, class V> EMULATED_UNSEEN __attribute__((noinline)) T name(T* address, V operand)     \
+    template <class T, class V> EMULATED_CALLED T name(T* address, V operand)     \
     {                                                                                                       \
         const T value = (T)operand;                                                                         \
         return emulated_atomic(address, __builtin_return_address(0),                                        \
@@ -304,7 +305,7 @@ EMULATED_ATOMICS(atomicXor, old ^ value)
 EMULATED_ATOMICS(atomicInc, old >= value ? 0 : old + 1)
 EMULATED_ATOMICS(atomicDec, old == 0 || old > value ? value : old - 1)
 template <class T, class A, class B>
-EMULATED_UNSEEN __attribute__((noinline)) T atomicCAS(T* address, A compare, B operand)
+EMULATED_CALLED T atomicCAS(T* address, A compare, B operand)
 {
     const T expected = (T)compare, value = (T)operand;
     return emulated_atomic(address, __builtin_return_address(0), [=](T old) EMULATED_UNSEEN {

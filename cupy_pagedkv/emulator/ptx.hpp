@@ -58,12 +58,12 @@ inline float number(unsigned pair, int which, bool bf16)
 // row g + 8 (i % 2), columns 8 (i / 2) + 2t and the next; b[i] rows 8i + 2t and the next of column g; d[i] row g + 8 (i / 2),
 // column 2t + i % 2. The device rounds in ways that are not told; here the sum is exact but for one rounding.
 template <int K>
-EMULATED_UNSEEN void mma(float (&d)[4], const unsigned* a, const unsigned* b, bool bf16, unsigned line)
+EMULATED_CALLED void mma(float (&d)[4], const unsigned* a, const unsigned* b, bool bf16, unsigned line)
 {
     Registers<K / 4, K / 8> mine;
     std::memcpy(mine.a, a, sizeof mine.a);
     std::memcpy(mine.b, b, sizeof mine.b);
-    const Meeting* meeting = emulated_meet(ALIGNED, 0xffffffffu, &mine, sizeof mine, line);
+    const Meeting* meeting = emulated_meet(ALIGNED, 0xffffffffu, &mine, sizeof mine, line, __builtin_return_address(0));
     const int g = (int)emulated_lane() / 4, t = (int)emulated_lane() % 4;
     const auto of = [meeting](int lane) EMULATED_UNSEEN {
         Registers<K / 4, K / 8> r;
@@ -96,7 +96,7 @@ EMULATED_UNSEEN void ldmatrix(unsigned (&r)[COUNT], const void* row, const void*
         emulated_touch(row, 16, READ | MATRIX, place);
         std::memcpy(numbers, row, sizeof numbers);
     }
-    const Meeting* meeting = emulated_meet(ALIGNED, 0xffffffffu, numbers, sizeof numbers, line);
+    const Meeting* meeting = emulated_meet(ALIGNED, 0xffffffffu, numbers, sizeof numbers, line, place);
     for (int i = 0; i < COUNT; ++i) {
         unsigned short pair[2];
         for (int j = 0; j < 2; ++j) {
@@ -109,21 +109,21 @@ EMULATED_UNSEEN void ldmatrix(unsigned (&r)[COUNT], const void* row, const void*
 
 }  // namespace emulated
 
-inline void mma_m16n8k8_f16(float (&d)[4], const unsigned (&a)[2], unsigned b, unsigned line = __builtin_LINE())
+EMULATED_INLINE void mma_m16n8k8_f16(float (&d)[4], const unsigned (&a)[2], unsigned b, unsigned line = __builtin_LINE())
 {
     emulated::mma<8>(d, a, &b, false, line);
 }
-inline void mma_m16n8k16_f16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], unsigned line = __builtin_LINE())
+EMULATED_INLINE void mma_m16n8k16_f16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], unsigned line = __builtin_LINE())
 {
     emulated::mma<16>(d, a, b, false, line);
 }
-inline void mma_m16n8k16_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], unsigned line = __builtin_LINE())
+EMULATED_INLINE void mma_m16n8k16_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], unsigned line = __builtin_LINE())
 {
     emulated::mma<16>(d, a, b, true, line);
 }
 
 #define EMULATED_LDMATRIX(name, count, trans)                                                                        \
-    EMULATED_UNSEEN __attribute__((noinline)) inline void name(unsigned (&r)[count], const void* row,                \
+    EMULATED_CALLED inline void name(unsigned (&r)[count], const void* row,                \
                                                                unsigned line = __builtin_LINE())                     \
     {                                                                                                                \
         emulated::ldmatrix<count, trans>(r, row, __builtin_return_address(0), line);                                 \
@@ -135,11 +135,11 @@ EMULATED_LDMATRIX(ldmatrix_trans_x1, 1, true)
 EMULATED_LDMATRIX(ldmatrix_trans_x2, 2, true)
 EMULATED_LDMATRIX(ldmatrix_trans_x4, 4, true)
 
-template <int SIZE> inline void cp_async(void* shared, const void* global, int from_source = SIZE)
+template <int SIZE> EMULATED_INLINE void cp_async(void* shared, const void* global, int from_source = SIZE)
 {
     static_assert(SIZE == 4 || SIZE == 8 || SIZE == 16, "the sizes of cp.async");
     emulated_cp_async(shared, global, SIZE, (unsigned)from_source);
 }
-inline void cp_async_commit() { emulated_cp_async_commit(); }
-template <int N> inline void cp_async_wait() { emulated_cp_async_wait(N); }
-inline void cp_async_wait_all() { emulated_cp_async_wait(~0u); }
+EMULATED_INLINE void cp_async_commit() { emulated_cp_async_commit(); }
+template <int N> EMULATED_INLINE void cp_async_wait() { emulated_cp_async_wait(N); }
+EMULATED_INLINE void cp_async_wait_all() { emulated_cp_async_wait(~0u); }

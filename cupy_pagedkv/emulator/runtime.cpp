@@ -565,9 +565,10 @@ int emulated_barrier(Vote vote, int predicate, unsigned line)
     return (int)w.vote_result;
 }
 
-const Meeting* emulated_meet(Kind kind, unsigned mask, const void* brought, std::size_t size, unsigned line)
+const Meeting* emulated_meet(Kind kind, unsigned mask, const void* brought, std::size_t size, unsigned line,
+                             const void* place)
 {
-    const void* place = __builtin_return_address(0);
+    if (!place) place = __builtin_return_address(0);
     Worker& w = *worker;
     Thread& self = w.thread();
     Warp& warp = w.warp();
@@ -580,17 +581,20 @@ const Meeting* emulated_meet(Kind kind, unsigned mask, const void* brought, std:
              "of block (%u, %u, %u)", lane, mask, threadIdx.x, threadIdx.y, threadIdx.z, blockIdx.x, blockIdx.y,
              blockIdx.z);
     Meeting* meeting = nullptr;
-    for (Meeting* pending : warp.pending)
-        if (pending->mask & mask) {
-            if (pending->mask != mask || pending->kind != kind || (kind == ALIGNED && pending->line != line))
-                fail(place, pending->place,
-                     "{0}: lane %u came to a collective with mask %08x, while lanes %08x are at that of {1} with mask "
-                     "%08x; all lanes of a mask must come to the same one; thread (%u, %u, %u) of block (%u, %u, %u)",
-                     lane, mask, pending->present, pending->mask, threadIdx.x, threadIdx.y, threadIdx.z, blockIdx.x,
-                     blockIdx.y, blockIdx.z);
+    for (Meeting* pending : warp.pending) {
+        const bool same = pending->mask == mask;
+        if (same && pending->kind == kind && (kind != ALIGNED || pending->line == line)) {
             meeting = pending;
             break;
         }
+        // Other masks may overlap, as long as nobody here waits for somebody who waits for this lane.
+        if (same || (pending->present & mask && pending->mask >> lane & 1))
+            fail(place, pending->place,
+                 "{0}: lane %u came to a collective with mask %08x, while lanes %08x are at that of {1} with mask %08x; all "
+                 "lanes of a mask must come to the same one; thread (%u, %u, %u) of block (%u, %u, %u)", lane, mask,
+                 pending->present, pending->mask, threadIdx.x, threadIdx.y, threadIdx.z, blockIdx.x, blockIdx.y,
+                 blockIdx.z);
+    }
     if (!meeting) {
         if (w.free_meetings.empty()) {
             w.meetings.emplace_back(new Meeting);

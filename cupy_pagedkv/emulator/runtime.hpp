@@ -49,11 +49,11 @@ enum Touch { READ = 0, WRITE = 1, ATOMIC = 2, MATRIX = 4, ASYNC = 8 };  // of an
 
 }  // namespace emulated
 
-// The library's functions. Those that a kernel's line calls note the address they return to as the place in the kernel.
+// The library's functions. Where no place is given, it is the address that they return to.
 extern "C" {
 int emulated_barrier(emulated::Vote vote, int predicate, unsigned line);
 const emulated::Meeting* emulated_meet(emulated::Kind kind, unsigned mask, const void* brought, std::size_t size,
-                                       unsigned line);
+                                       unsigned line, const void* place = nullptr);
 unsigned emulated_activemask(unsigned line);
 unsigned emulated_lane();
 void emulated_fence();
@@ -65,4 +65,9 @@ void emulated_cp_async_wait(unsigned groups_left);
 [[noreturn]] void emulated_unaligned_row(const void* row, const void* place);
 }
 
-#define EMULATED_UNSEEN __attribute__((no_sanitize("thread")))  // the instrument does not look into this function
+// The instrument does not look into this function.
+#define EMULATED_UNSEEN __attribute__((no_sanitize("thread")))
+// Nor into this, which the kernel's own lines call: its return address is the place in the kernel ...
+#define EMULATED_CALLED EMULATED_UNSEEN __attribute__((noinline))
+// ... because what stands between becomes a part of the kernel.
+#define EMULATED_INLINE inline __attribute__((always_inline))
