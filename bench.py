@@ -25,8 +25,8 @@ from benchmarks.output import bars, chore_bars, chore_lines, machine, plot, tabl
 from benchmarks.timing import Row, measure
 from benchmarks.watch import check_when_told, watch
 from cupy_pagedkv.devices import backend
-from cupy_pagedkv.emulator import nvrtc
 from cupy_pagedkv.devices.cuda_backend import CudaBackend
+from cupy_pagedkv.emulator import nvrtc
 
 MANAGER = "manager"
 

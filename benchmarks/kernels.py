@@ -13,10 +13,10 @@ import oracle
 
 from cupy_pagedkv import PagedKVCache, copy_blocks, reshape_and_cache
 from cupy_pagedkv.devices import backend
-from cupy_pagedkv.emulator import nvrtc
 from cupy_pagedkv.devices.cuda_backend import source_of
 from cupy_pagedkv.devices.emulated_backend import EmulatedBackend
 from cupy_pagedkv.devices.layout import layout_of
+from cupy_pagedkv.emulator import nvrtc
 
 from .cases import BLOCK_SIZE, SHAPES, wrong_bytes
 

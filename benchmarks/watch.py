@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from cupy_pagedkv.devices import backend
-from cupy_pagedkv.emulator import nvrtc
 from cupy_pagedkv.devices.emulated_backend import EmulatedBackend
+from cupy_pagedkv.emulator import nvrtc
 
 from .cases import OPERATIONS, OURS, SHAPES, Case, Problem, contenders
 from .kernels import SOURCES, check_kernel, compiler_reports, emulated_by

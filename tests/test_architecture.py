@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cupy_pagedkv"
-FLOORS = ("bookkeeping", "devices", "operations", "caches", "replay", "the doors")  # the lowest first
+FLOORS = ("bookkeeping", "emulator", "devices", "operations", "caches", "replay", "the doors")  # the lowest first
 PAGE = (ROOT / "ARCHITECTURE.md").read_text()
 
 

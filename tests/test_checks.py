@@ -1,5 +1,7 @@
 """The checked mode: a kernel with each fault, and the same without it, which must pass."""
 
+# ruff: noqa: E501 (kernels of one line)
+
 import re
 from typing import Any
 
@@ -81,7 +83,9 @@ def test_a_read_of_one_warp_is_not_forgotten_when_many_read():
 
 
 def test_blocks_of_a_launch_are_ordered_by_nothing():
-    with pytest.raises(KernelError, match=r"race: thread \(0, 0, 0\) of block \(1, 0, 0\) reads .* block \(0, 0, 0\) wrote"):
+    with pytest.raises(
+        KernelError, match=r"race: thread \(0, 0, 0\) of block \(1, 0, 0\) reads .* block \(0, 0, 0\) wrote"
+    ):
         run("__syncthreads();\nif (threadIdx.x == 0) { if (blockIdx.x == 0) x[5] = 1; else y[0] = x[5]; }", grid=2)
     with pytest.raises(KernelError, match="race: .* writes .* read at"):
         run("__syncthreads();\nif (threadIdx.x == 0) { if (blockIdx.x == 1) x[5] = 1; else y[0] = x[5]; }", grid=2)
@@ -120,10 +124,10 @@ def test_the_last_block_may_read_what_all_made_known_by_a_fence_and_an_atomic():
     ("body", "remedy", "message"),
     [
         ("y[threadIdx.x] = x[threadIdx.x + 193];", "threadIdx.x + 192",
-         rf"f.cu:2: thread \(63, 0, 0\) of .* reads 4 bytes at address 0x\w+, 4 bytes past the end of an array of the "
+         r"f.cu:2: thread \(63, 0, 0\) of .* reads 4 bytes at address 0x\w+, 4 bytes past the end of an array of the "
          r"launch \(1024 bytes\)"),
         ("y[(int)threadIdx.x - 1] = 1;", "(int)threadIdx.x",
-         rf"f.cu:2: thread \(0, 0, 0\) of .* writes 4 bytes at address 0x\w+, 4 bytes before the beginning of an array"),
+         r"f.cu:2: thread \(0, 0, 0\) of .* writes 4 bytes at address 0x\w+, 4 bytes before the beginning of an array"),
         ("extern __shared__ int s[]; s[threadIdx.x + 1] = 1;", "threadIdx.x",
          r"thread \(63, 0, 0\) of .* writes 4 bytes .* past the 256 bytes of dynamic shared memory of the launch"),
         ("*(int*)8 = 1;", "*x = threadIdx.x == 0; // (int*)8", "writes 4 bytes at address 0x8, outside every array"),
@@ -176,7 +180,9 @@ def test_a_misaligned_access_is_found(type, size):
 
 def test_shared_memory_that_nobody_wrote_is_not_read():
     body = "__shared__ int s[64]; if (threadIdx.x WHICH 40) s[threadIdx.x] = 1; __syncthreads();\ny[threadIdx.x] = s[threadIdx.x];"
-    with pytest.raises(KernelError, match=r"f.cu:3: thread \(40, 0, 0\) of .* reads 4 bytes of shared memory .* no thread"):
+    with pytest.raises(
+        KernelError, match=r"f.cu:3: thread \(40, 0, 0\) of .* reads 4 bytes of shared memory .* no thread"
+    ):
         run(body.replace("WHICH", "!="))
     run(body.replace("WHICH", "< 64 || 0 =="))
 
@@ -188,11 +194,15 @@ def test_what_another_block_left_in_shared_memory_was_not_written():
         run(body.replace("WHICH", "blockIdx.x == 0"), grid=2)
 
 
-COPY = "__shared__ __align__(16) int s[256];\ncp_async<16>(s + threadIdx.x * 4, x + threadIdx.x * 4); cp_async_commit();\n"
+COPY = (
+    "__shared__ __align__(16) int s[256];\ncp_async<16>(s + threadIdx.x * 4, x + threadIdx.x * 4); cp_async_commit();\n"
+)
 
 
 def test_an_asynchronous_copy_is_waited_for_before_it_is_read():
-    with pytest.raises(KernelError, match=r"f.cu:4: .* reads 4 bytes .* asynchronous copy is to arrive that began at f.cu:3"):
+    with pytest.raises(
+        KernelError, match=r"f.cu:4: .* reads 4 bytes .* asynchronous copy is to arrive that began at f.cu:3"
+    ):
         run(COPY + "y[threadIdx.x] = s[threadIdx.x * 4];")
     with pytest.raises(KernelError, match=r"f.cu:5: race: .* reads .* wrote at f.cu:3"):  # of another thread
         run(COPY + "cp_async_wait<0>();\nif (threadIdx.x) y[threadIdx.x] = s[threadIdx.x * 4 - 4];")
@@ -203,7 +213,9 @@ def test_an_asynchronous_copy_is_waited_for_before_it_is_read():
 
 
 def test_the_source_of_an_asynchronous_copy_stays_as_it_is():
-    with pytest.raises(KernelError, match=r"f.cu:4: .* writes 4 bytes .* an asynchronous copy reads that began at f.cu:3"):
+    with pytest.raises(
+        KernelError, match=r"f.cu:4: .* writes 4 bytes .* an asynchronous copy reads that began at f.cu:3"
+    ):
         run(COPY + "x[threadIdx.x * 4] = 1;\ncp_async_wait<0>();")
     run(COPY + "cp_async_wait<0>();\nx[threadIdx.x * 4] = 1;")
 

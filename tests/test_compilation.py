@@ -13,8 +13,8 @@ import pytest
 
 import cupy_pagedkv.devices.backend as backend
 from cupy_pagedkv import PagedKVCache
-from cupy_pagedkv.emulator.nvrtc import ARCHITECTURES, compile_kernel, report_on
 from cupy_pagedkv.devices.sources import source_of
+from cupy_pagedkv.emulator.nvrtc import ARCHITECTURES, compile_kernel, report_on
 
 pytest.importorskip("cuda.core", reason="cuda.core is not installed, which NVRTC is called through")
 

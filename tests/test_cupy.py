@@ -27,8 +27,8 @@ from cupy_pagedkv import (
     reshape_and_cache,
 )
 from cupy_pagedkv.devices.cuda_backend import CudaBackend
-from cupy_pagedkv.emulator import RawKernel
 from cupy_pagedkv.devices.sources import source_of
+from cupy_pagedkv.emulator import RawKernel
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import cupy_pagedkv.emulator.compiler as compiler
-from cupy_pagedkv.emulator import CompileError, RawKernel
 from cupy_pagedkv.devices.sources import source_of
+from cupy_pagedkv.emulator import CompileError, RawKernel
 
 
 def kernel(body: str, parameters: str = "int* x") -> RawKernel:

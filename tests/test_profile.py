@@ -1,5 +1,7 @@
 """What a launch moves, against what was worked out by hand."""
 
+# ruff: noqa: E501 (kernels of one line)
+
 import numpy as np
 import pytest
 
@@ -80,7 +82,9 @@ def test_bank_conflicts(body, expected):
     assert launch.matrices == SharedTraffic()
 
 
-@pytest.mark.parametrize(("row", "ways"), [("i * 64", 8), ("i * 72", 1), ("i * 8", 1), ("i % 8 * 64 + (i / 8 ^ i % 8) * 8", 1)])
+@pytest.mark.parametrize(
+    ("row", "ways"), [("i * 64", 8), ("i * 72", 1), ("i * 8", 1), ("i % 8 * 64 + (i / 8 ^ i % 8) * 8", 1)]
+)
 def test_bank_conflicts_of_ldmatrix(row, ways):
     """Rows of 64 halves, 128 bytes, begin at one bank; padded, dense or swizzled they do not."""
     launch = measured(
@@ -112,7 +116,9 @@ def test_bytes_in_flight():
 
 def test_the_memory_of_one_array_that_came_in_two_slices():
     both = np.zeros((2, 64), np.float32)
-    kernel = RawKernel('extern "C" __global__ void f(const float* x, float* y) { y[threadIdx.x] = x[threadIdx.x]; }', "f")
+    kernel = RawKernel(
+        'extern "C" __global__ void f(const float* x, float* y) { y[threadIdx.x] = x[threadIdx.x]; }', "f"
+    )
     with profile() as launches:
         kernel((1,), (64,), (both[0], both[1]))
         kernel((2,), (32,), (both[0], both[1]))

@@ -343,9 +343,7 @@ def test_environment_takes_no_other_value():
 
 
 def test_import_loads_neither_cupy_nor_a_compiler():
-    program = (
-        "import sys, cupy_pagedkv; print({'cupy', 'cupy_pagedkv.emulator', 'ml_dtypes'} & set(sys.modules))"
-    )
+    program = "import sys, cupy_pagedkv; print({'cupy', 'cupy_pagedkv.emulator', 'ml_dtypes'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout == "set()\n"
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import cupy_pagedkv.devices.sources as sources
-from cupy_pagedkv.emulator import CompileError, RawKernel
 from cupy_pagedkv.devices.sources import source_of
+from cupy_pagedkv.emulator import CompileError, RawKernel
 
 
 @pytest.fixture

@@ -33,9 +33,9 @@ REGISTERS = 65536
 
 # Limits: CUDA programming guide, "Compute Capabilities", table "Technical Specifications per Compute Capability".
 # GPUs: NVIDIA's data sheets. Latencies in cycles at boost clock: T4 434 at 1.59 GHz (Jia et al., "Dissecting the NVidia
-# Turing T4 GPU via Microbenchmarking", 2019), A100 466 at 1.41 GHz, RTX 4090 542 at 2.52 GHz and H100 479 at 1.755 GHz (Luo
-# et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via Microbenchmarking", 2024). Where none was
-# found, that of the GPU in brackets stands in.
+# Turing T4 GPU via Microbenchmarking", 2019), A100 466 at 1.41 GHz, RTX 4090 542 at 2.52 GHz and H100 479 at 1.755 GHz
+# (Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via Microbenchmarking", 2024). Where none
+# was found, that of the GPU in brackets stands in.
 ARCHITECTURES: dict[int, Architecture] = {
     75: Architecture(1024, 16, 64 * KB, 64 * KB, "T4", 40, 320e9, 434 / 1.59e9),
     80: Architecture(2048, 32, 164 * KB, 163 * KB, "A100 SXM 80 GB", 108, 2039e9, 466 / 1.41e9),

@@ -86,7 +86,9 @@ def compile_runtime() -> Path:
     """The library that runs kernels, compiled with ``CXXFLAGS``."""
     sources = [str(_FOLDER / name) for name in _RUNTIME]
     flags = ["-std=c++17", "-O2", "-g1", "-fPIC", "-shared", "-pthread", *_own_flags()]
-    return _build("runtime", [*flags, _text(_RUNTIME), _text(_RUNTIME_HEADERS)], [[*flags, *sources, "-o", "{out}"]], None)
+    return _build(
+        "runtime", [*flags, _text(_RUNTIME), _text(_RUNTIME_HEADERS)], [[*flags, *sources, "-o", "{out}"]], None
+    )
 
 
 def compile_kernel(code: str, name: str, options: tuple[str, ...], arch: int, instrumented: bool) -> Path:
@@ -96,14 +98,10 @@ def compile_kernel(code: str, name: str, options: tuple[str, ...], arch: int, in
     flags += [f"-D__CUDA_ARCH__={arch}0", *options, *_own_flags()]
     flags += ["-fsanitize=alignment", "-fno-sanitize-recover=alignment", *(_CHECKED if instrumented else ())]
     dynamic = sorted(set(_DYNAMIC_SHARED.findall(code)))
-    source = "\n".join(
-        [
-            f'#line 1 "{name}.cu"\n{code}\n#line 1 "launcher of {name}"',
-            "EMULATED_DYNAMIC_SHARED" if dynamic else "",
-            *(f"EMULATED_DYNAMIC_NAME({array})" for array in dynamic),
-            f"EMULATED_KERNEL({name}, {'[]() -> char* { return emulated_dynamic_shared; }' if dynamic else '[]() -> char* { return nullptr; }'})",
-        ]
-    )
+    launcher = [f"EMULATED_KERNEL({name}, {'emulated_dynamic' if dynamic else 'emulated_no_dynamic'})"]
+    if dynamic:
+        launcher = ["EMULATED_DYNAMIC_SHARED", *(f"EMULATED_DYNAMIC_NAME({array})" for array in dynamic), *launcher]
+    source = "\n".join([f'#line 1 "{name}.cu"', code, f'#line 1 "launcher of {name}"', *launcher])
     compile_step = [*flags, "-fdebug-prefix-map={folder}=.", "-include", str(_FOLDER / "cuda.hpp")]
     return _build(
         name,

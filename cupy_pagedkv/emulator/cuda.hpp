@@ -348,6 +348,8 @@ __ubsan_handle_type_mismatch_v1_abort(void* access, std::uintptr_t address)
     emulated_misaligned(access, address);
 }
 
+inline char* emulated_no_dynamic() { return nullptr; }
+
 // `dynamic` says where `extern __shared__` arrays begin.
 #define EMULATED_KERNEL(name, dynamic)                               \
     extern "C" __attribute__((visibility("default"))) const emulated::Kernel emulated_kernel = \
@@ -357,7 +359,8 @@ __ubsan_handle_type_mismatch_v1_abort(void* access, std::uintptr_t address)
     extern "C" {                                                                                             \
     __attribute__((visibility("default"))) alignas(1024) thread_local char                                   \
         emulated_dynamic_shared[emulated::DYNAMIC_SHARED];                                                   \
-    }
+    }                                                                                                        \
+    inline char* emulated_dynamic() { return emulated_dynamic_shared; }
 #define EMULATED_DYNAMIC_NAME(name) asm(".globl " #name "\n.type " #name ", @tls_object\n.set " #name ", emulated_dynamic_shared");
 
 // From here on the kernel's own text.

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         name: str
         code: str
 
+
 __all__ = ["ArrayTraffic", "LaunchProfile", "LineTraffic", "SharedTraffic", "Traffic", "launches_of", "profile"]
 
 _WRITES, _MATRIX = 1 | 2, 4  # emulated::Touch
@@ -71,12 +72,14 @@ class Traffic(NamedTuple):
         return self.bytes / (32 * self.sectors) if self.sectors else 1.0
 
     def __add__(self, other: "Traffic") -> "Traffic":  # type: ignore[override]
-        sums = [a + b for a, b in zip(self[:5], other[:5], strict=True)]
-        return Traffic(*sums, max(self.most, other.most))
+        sums = Traffic(*(a + b for a, b in zip(self, other, strict=True)))
+        return sums._replace(most=max(self.most, other.most))
 
     def __str__(self) -> str:
         again = f", {self.touched_again:,} of them more than once (up to {self.most})" if self.touched_again else ""
-        return f"{self.bytes:,} B in {self.requests:,} requests of {self.sectors:,} sectors, {self.used:.0%} used{again}"
+        return (
+            f"{self.bytes:,} B in {self.requests:,} requests of {self.sectors:,} sectors, {self.used:.0%} used{again}"
+        )
 
 
 class SharedTraffic(NamedTuple):
@@ -143,8 +146,8 @@ class LaunchProfile:
     """Of a thread, on average."""
     barriers: float
     bytes_in_flight: int
-    """Bytes that a thread asks global memory for before it comes to a store, a collective or a barrier, and those of its
-    asynchronous copies; at most, summed over the threads of a block."""
+    """Bytes that a thread asks global memory for before it comes to a store, a collective or a barrier, and those of
+    its asynchronous copies; at most, summed over the threads of a block."""
 
     def resources(self, arch: int = 90) -> Resources:
         """What NVIDIA's compiler gives a thread; raises ``RuntimeError`` without the extra ``bench``."""
@@ -172,7 +175,9 @@ class LaunchProfile:
                 out.append(f"  {name}: {traffic.requests:,} requests, {traffic.conflicts:,} bank conflicts")
         for line in self.lines:
             if line.shared.conflicts:
-                out.append(f"    {line.place}: {line.shared.ways:.1f}-way conflicts in {line.shared.requests:,} requests")
+                out.append(
+                    f"    {line.place}: {line.shared.ways:.1f}-way conflicts in {line.shared.requests:,} requests"
+                )
             elif line.traffic.used < 0.97:
                 out.append(f"    {line.place}: {line.traffic.used:.0%} of {line.traffic.sectors:,} sectors used")
         out.append(f"  {self.collectives:.4g} collectives and {self.barriers:.4g} barriers a thread")
@@ -185,8 +190,8 @@ class LaunchProfile:
         has, asked = self.in_flight(arch)
         return (
             f"sm_{arch}: {taken.registers} registers, {taken.shared_memory + self.shared_mem} B shared, "
-            f"{occupancy.blocks} blocks a multiprocessor (limited by {occupancy.limited_by}), {occupancy.share:.0%} of its "
-            f"threads; {has / 1024:.1f} KB in flight, {asked / 1024:.1f} KB asked by {gpu.gpu}: {has / asked:.1f} x"
+            f"{occupancy.blocks} blocks a multiprocessor (limited by {occupancy.limited_by}), {occupancy.share:.0%} of "
+            f"its threads; {has / 1024:.1f} KB in flight, {asked / 1024:.1f} KB asked by {gpu.gpu}: {has / asked:.1f} x"
         )
 
 

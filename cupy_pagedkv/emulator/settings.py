@@ -28,7 +28,7 @@ class Settings:
 
 _settings: ContextVar[Settings] = ContextVar(
     "settings",
-    default=Settings(
+    default=Settings(  # noqa: B039 (it is frozen)
         check=os.environ.get("CUPY_PAGEDKV_EMULATE") == "check", order=os.environ.get("CUPY_PAGEDKV_EMULATE_ORDER", "")
     ),
 )
