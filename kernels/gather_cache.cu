@@ -6,23 +6,25 @@
 //            whose block is not in the pool is zeros: nothing outside the pool is ever read. seq_starts may be null:
 //            all sequences start at 0. A start or length outside the table counts as its nearest end.
 // Layout     All strides are in bytes; a row is HEADS x RUNS x RUN accesses, as in reshape_and_cache.cu.
-// Launch     Grid (x, 2, layers): y = 0 copies K, y = 1 copies V; the tables are the same for every layer. A segment
-//            is the part of one block that one sequence needs; blocks of whole warps, one warp for each slice of
-//            32 * UNROLL accesses of a segment. The host need not know the lengths: warps past the last segment
-//            return, so x only has to be large enough.
+// Launch     Grid (x, 2, layers): y = 0 copies K, y = 1 copies V; the tables are the same for every layer. Blocks of whole
+//            warps, four at most. A segment is the part of one block that one sequence needs, a slice 32 * UNROLL accesses
+//            of it; a warp copies as many slices in turn as make all warps together enough, so x may be anything, and
+//            the host need not know the lengths.
 // Defined by the launch code: TABLE_T, LENS_T, STARTS_T, ACCESS_T, UNROLL, BLOCK_SIZE, K_HEADS, K_RUNS, K_RUN,
 //            V_HEADS, V_RUNS, V_RUN.
 //
-// The lengths are summed here, by each warp for itself, so that a captured CUDA graph can replay with new ones and
-// needs no scratch memory. A warp narrows num_seqs sequences to its own by a factor of 32 a round; the first round
-// reads every length once, 32 at a time. A block-table entry is read once a slice.
+// The lengths are summed here, once by each thread block, so that a captured CUDA graph can replay with new ones and needs
+// no scratch memory: each thread sums a share of the sequences, a scan makes of that how many segments and rows lie before
+// each share, and a warp looks up where its first slice lies. From there it walks. The fewer blocks are launched, the less
+// is read twice: as many as the device holds at once are enough.
 //
-// Six blocks a multiprocessor (the second launch bound) leave a thread 80 registers; bench.py's shapes take up to 66.
+// Six blocks a multiprocessor (the second launch bound) leave a thread 80 registers; bench.py's shapes take 72 to 80.
 // Without it ptxas aims at ten and spills for sm_80 and sm_90.
 
 #include "rows.cuh"
 
 constexpr unsigned ALL = 0xffffffffu;
+constexpr int MAX_THREADS = 128;  // of a block
 
 // The positions that one sequence contributes, and the blocks they lie in.
 struct Extent {
@@ -43,51 +45,93 @@ __device__ __forceinline__ Extent extent_of(
     return e;
 }
 
-// `tokens` rows from `row` on: those of a block's places from `offset` on, for column `column` of the table of `seq`.
+// `tokens` rows from `row` on: those of a block's places from `offset` on.
 struct Segment {
-    long long seq, column, row;
+    long long row;
     int offset, tokens;
 };
 
-// Segment number `segment` of all; of no tokens if there are not so many. All lanes of a warp ask for the same.
-__device__ __forceinline__ Segment find_segment(
-    long long segment, const char* __restrict__ seq_lens, long long lens_stride, const char* __restrict__ seq_starts,
-    long long starts_stride, long long max_blocks, long long num_seqs, long long num_rows)
-{
-    const int lane = threadIdx.x % 32;
-    long long seq = 0, count = num_seqs, row = 0;  // `segment` is counted from the first of `count` sequences from `seq`
-    while (count > 1) {
-        const long long share = (count + 31) / 32;
-        const long long mine = lane * share;
-        long long segments = 0, positions = 0;
-        for (long long i = mine; i < mine + share && i < count; ++i) {
-            const Extent e = extent_of(seq + i, seq_lens, lens_stride, seq_starts, starts_stride, max_blocks);
-            segments += e.num_blocks;
-            positions += e.end - e.start;
-        }
-        long long segments_through = segments, positions_through = positions;
-#pragma unroll
-        for (int d = 1; d < 32; d *= 2) {
-            const long long s = __shfl_up_sync(ALL, segments_through, d);
-            const long long p = __shfl_up_sync(ALL, positions_through, d);
-            if (lane >= d) segments_through += s, positions_through += p;
-        }
-        const unsigned holders = __ballot_sync(ALL, segments_through > segment);
-        if (!holders) return {};
-        const int holder = __ffs(holders) - 1;
-        segment -= __shfl_sync(ALL, segments_through - segments, holder);
-        row += __shfl_sync(ALL, positions_through - positions, holder);
-        seq += holder * share;
-        count = min(share, count - holder * share);
+// All that says which positions are wanted.
+struct Lengths {
+    const char *seq_lens, *seq_starts;
+    long long lens_stride, starts_stride, max_blocks, num_seqs, num_rows;
+
+    __device__ __forceinline__ Extent operator[](long long seq) const
+    {
+        return extent_of(seq, seq_lens, lens_stride, seq_starts, starts_stride, max_blocks);
     }
-    const Extent e = extent_of(seq, seq_lens, lens_stride, seq_starts, starts_stride, max_blocks);
-    if (segment >= e.num_blocks) return {};
-    const long long column = e.first_block + segment;
-    const long long position = max(e.start, column * BLOCK_SIZE);
-    const long long end = min(e.end, (column + 1) * BLOCK_SIZE);
-    row += position - e.start;
-    return {seq, column, row, (int)(position % BLOCK_SIZE), (int)min(end - position, max(num_rows - row, 0LL))};
+};
+
+// How many segments and rows lie before the share of each thread; behind them the sums of all.
+struct Before {
+    long long segments[MAX_THREADS + 1], rows[MAX_THREADS + 1];
+};
+
+// Fills `before`; all threads of the block come. Each has a share of `share` sequences.
+__device__ __forceinline__ void sum_lengths(const Lengths& lengths, long long share, Before& before)
+{
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    long long segments = 0, rows = 0;
+    for (long long i = threadIdx.x * share; i < min((threadIdx.x + 1) * share, lengths.num_seqs); ++i) {
+        const Extent e = lengths[i];
+        segments += e.num_blocks;
+        rows += e.end - e.start;
+    }
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        const long long s = __shfl_up_sync(ALL, segments, d), r = __shfl_up_sync(ALL, rows, d);
+        if (lane >= d) segments += s, rows += r;
+    }
+    __shared__ long long of_warps[2][MAX_THREADS / 32];
+    if (lane == 31) of_warps[0][warp] = segments, of_warps[1][warp] = rows;
+    __syncthreads();
+    for (int w = 0; w < warp; ++w) segments += of_warps[0][w], rows += of_warps[1][w];
+    before.segments[threadIdx.x + 1] = segments;
+    before.rows[threadIdx.x + 1] = rows;
+    if (threadIdx.x == 0) before.segments[0] = before.rows[0] = 0;
+    __syncthreads();
 }
+
+// Walks through the segments of all sequences, in order. All lanes of a warp walk together.
+struct Walk {
+    const Lengths& lengths;
+    long long seq, first, row;  // the sequence; how many segments and rows lie before it
+    Extent extent;
+
+    // To the sequence of `segment`, which is one of those that `before` counts.
+    __device__ __forceinline__ Walk(const Lengths& lengths, long long segment, long long share, const Before& before)
+        : lengths(lengths)
+    {
+        int from = 0, past = blockDim.x;  // the last share with before.segments[from] <= segment
+        while (past - from > 1) {
+            const int middle = (from + past) / 2;
+            (before.segments[middle] <= segment ? from : past) = middle;
+        }
+        seq = from * share;
+        first = before.segments[from];
+        row = before.rows[from];
+        extent = lengths[seq];
+    }
+
+    __device__ __forceinline__ void to(long long segment)
+    {
+        while (segment - first >= extent.num_blocks) {
+            first += extent.num_blocks;
+            row += extent.end - extent.start;
+            extent = lengths[++seq];
+        }
+    }
+
+    __device__ __forceinline__ long long column(long long segment) const { return extent.first_block + segment - first; }
+
+    __device__ __forceinline__ Segment at(long long segment) const
+    {
+        const long long begin = column(segment) * BLOCK_SIZE;
+        const long long position = max(extent.start, begin), end = min(extent.end, begin + BLOCK_SIZE);
+        const long long to = row + position - extent.start;
+        return {to, (int)(position % BLOCK_SIZE), (int)min(end - position, max(lengths.num_rows - to, 0LL))};
+    }
+};
 
 template <int HEADS, int RUNS, int RUN>
 __device__ __forceinline__ void copy_slice(
@@ -103,7 +147,36 @@ __device__ __forceinline__ void copy_slice(
     carried.store(Row{rows + segment.row * token_stride, token_stride, head_stride, dim_stride});
 }
 
-extern "C" __global__ void __launch_bounds__(128, 6) gather_cache(
+template <int HEADS, int RUNS, int RUN>
+__device__ __forceinline__ void gather_rows(
+    const Lengths& lengths, const char* __restrict__ block_tables, long long table_stride, long long entry_stride,
+    long long num_blocks, char* __restrict__ rows, long long token_stride, long long head_stride, long long dim_stride,
+    const char* __restrict__ pool, long long block_stride, long long slot_stride, long long pool_head_stride)
+{
+    constexpr int SLICES = slices_of(BLOCK_SIZE * HEADS * RUNS * RUN);
+    __shared__ Before before;
+    const long long share = (lengths.num_seqs + blockDim.x - 1) / blockDim.x;
+    sum_lengths(lengths, share, before);
+
+    const long long slices = before.segments[blockDim.x] * SLICES, warps = gridDim.x * (long long)(blockDim.x / 32);
+    const long long of_warp = (slices + warps - 1) / warps;
+    long long slice = warp_of_grid() * of_warp;
+    const long long end = min(slice + of_warp, slices);
+    if (slice >= end) return;
+    Walk walk(lengths, slice / SLICES, share, before);
+    long long block = -1, read = -1;  // the entry of segment number `read`
+    for (; slice < end; ++slice) {
+        const long long segment = slice / SLICES;
+        walk.to(segment);
+        if (segment != read)
+            block = *(const TABLE_T*)(block_tables + walk.seq * table_stride + walk.column(segment) * entry_stride);
+        read = segment;
+        copy_slice<HEADS, RUNS, RUN>(walk.at(segment), (int)(slice % SLICES), block, num_blocks, rows, token_stride,
+                                     head_stride, dim_stride, pool, block_stride, slot_stride, pool_head_stride);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, 6) gather_cache(
     char* key, char* value, const char* k_cache, const char* v_cache,
     long long key_layer, long long key_token, long long key_head, long long key_dim,
     long long value_layer, long long value_token, long long value_head, long long value_dim,
@@ -113,21 +186,14 @@ extern "C" __global__ void __launch_bounds__(128, 6) gather_cache(
     const char* seq_lens, long long lens_stride, const char* seq_starts, long long starts_stride,
     long long num_seqs, long long num_rows, long long num_blocks)
 {
-    constexpr int K_SLICES = slices_of(BLOCK_SIZE * K_HEADS * K_RUNS * K_RUN);
-    constexpr int V_SLICES = slices_of(BLOCK_SIZE * V_HEADS * V_RUNS * V_RUN);
-    const long long warp = warp_of_grid();
+    const Lengths lengths{seq_lens, seq_starts, lens_stride, starts_stride, max_blocks, num_seqs, num_rows};
     const long long layer = blockIdx.z;
-    const bool of_k = blockIdx.y == 0;
-    const Segment segment = find_segment(of_k ? warp / K_SLICES : warp / V_SLICES, seq_lens, lens_stride, seq_starts,
-                                         starts_stride, max_blocks, num_seqs, num_rows);
-    if (segment.tokens == 0) return;
-    const long long block = *(const TABLE_T*)(block_tables + segment.seq * table_stride + segment.column * entry_stride);
-    if (of_k)
-        copy_slice<K_HEADS, K_RUNS, K_RUN>(
-            segment, (int)(warp % K_SLICES), block, num_blocks, key + layer * key_layer, key_token, key_head, key_dim,
-            k_cache + layer * k_layer, k_block, k_slot, k_head);
+    if (blockIdx.y == 0)
+        gather_rows<K_HEADS, K_RUNS, K_RUN>(
+            lengths, block_tables, table_stride, entry_stride, num_blocks, key + layer * key_layer, key_token, key_head,
+            key_dim, k_cache + layer * k_layer, k_block, k_slot, k_head);
     else
-        copy_slice<V_HEADS, V_RUNS, V_RUN>(
-            segment, (int)(warp % V_SLICES), block, num_blocks, value + layer * value_layer, value_token, value_head,
-            value_dim, v_cache + layer * v_layer, v_block, v_slot, v_head);
+        gather_rows<V_HEADS, V_RUNS, V_RUN>(
+            lengths, block_tables, table_stride, entry_stride, num_blocks, value + layer * value_layer, value_token,
+            value_head, value_dim, v_cache + layer * v_layer, v_block, v_slot, v_head);
 }

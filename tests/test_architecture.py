@@ -111,7 +111,9 @@ def test_the_page_names_each_module_where_it_is():
     assert [name.strip("`/") for name, _ in rows] == list(FLOORS[::-1])
     for name, modules in rows:
         folder = PACKAGE / ("" if name == "the doors" else name.strip("`/"))
-        there = {path.name.removesuffix(".py") for path in (*folder.glob("*.py"), *folder.glob("*.hpp"))}
+        there = {path.name for path in folder.glob("*.*pp") if path.is_file()} | {
+            path.stem for path in folder.glob("*.py")
+        }
         there -= {"__init__"} if folder != PACKAGE else set()
         assert set(re.findall(r"`([\w.]+)`", modules)) == there, name
 

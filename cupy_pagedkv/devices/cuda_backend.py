@@ -27,6 +27,7 @@ _INDEX_TYPES = {4: "int", 8: "long long"}
 _UNROLL = 8  # accesses of one thread, all loaded before the first is stored
 _MAX_BLOCK_BYTES = 2**30  # offsets inside a block are 32-bit in the kernels
 _MAX_WARPS = 4  # of a thread block: the kernels' __launch_bounds__
+_MIN_BLOCKS = 6  # that a multiprocessor holds at once: the second of the kernels' __launch_bounds__
 
 _INDICES = {
     "reshape_and_cache": ("SLOT_T",),
@@ -244,7 +245,9 @@ class CudaBackend:
         segments = min(num_rows, num_rows // layout.block_size + 2 * num_seqs)
         indices = (block_tables, *block_tables.strides, max_blocks, seq_lens, *seq_lens.strides, *starts, num_seqs)
         arguments = (*arrays, *plan.strides, *indices, num_rows, layout.num_blocks)
-        self._launch(plan.kernel, key, segments, layout.block_size * plan.row, layout.num_layers, arguments)
+        # Each block sums all lengths: more blocks than run at once would only read them again.
+        at_once = max(1, self._processors(self._device(key)) * _MIN_BLOCKS // (2 * layout.num_layers))
+        self._launch(plan.kernel, key, segments, layout.block_size * plan.row, layout.num_layers, arguments, at_once)
 
     def copy_blocks(self, k_cache: Any, v_cache: Any, src: Any, dst: Any, pools: Pools) -> None:
         arrays = (k_cache, v_cache)
@@ -287,9 +290,17 @@ class CudaBackend:
         return _Plan(self._kernel("copy_blocks", defines), strides, max(math.prod(k_runs), math.prod(v_runs)) // access)
 
     def _launch(
-        self, kernel: Any, key: Any, units: int, accesses: int, num_layers: int, arguments: tuple[Any, ...]
+        self,
+        kernel: Any,
+        key: Any,
+        units: int,
+        accesses: int,
+        num_layers: int,
+        arguments: tuple[Any, ...],
+        max_blocks: int = 2**31 - 1,
     ) -> None:
-        """Launch one warp for each 32 * _UNROLL of the ``accesses`` of each unit, for K and for V, of each layer.
+        """Launch one warp for each 32 * _UNROLL of the ``accesses`` of each unit, for K and for V, of each layer; in
+        ``max_blocks`` blocks for each at most, which a kernel must allow for.
 
         ``units`` is at least 1: CuPy would launch an empty grid as one block. Arrays are passed as their address,
         which forgets strides, and so strides are arguments of their own; every ``int`` is an int64.
@@ -298,4 +309,4 @@ class CudaBackend:
         # Few warps are spread over the device, many share blocks.
         warps_of_block = min(max(1, warps * num_layers // self._processors(self._device(key))), _MAX_WARPS)
         with self.on(key.device):
-            kernel((-(-warps // warps_of_block), 2, num_layers), (32 * warps_of_block,), arguments)
+            kernel((min(-(-warps // warps_of_block), max_blocks), 2, num_layers), (32 * warps_of_block,), arguments)
