@@ -4,7 +4,7 @@
     python bench.py gather_cache --only 8x128   some of them
     python bench.py reshape_and_cache --watch   waits for a save of the kernel, then a verdict in seconds
     python bench.py manager                     the host's work for many sequences
-    python bench.py --kernels                   what the compiler makes of the kernels, with no GPU and no driver
+    python bench.py --kernels                   what the compiler makes of the kernels and what they move, with no GPU
 
 PyTorch, Triton and xxhash compete where they are installed. What is measured, and how, is in benchmarks/.
 """
@@ -23,6 +23,7 @@ from benchmarks.chores import Chore, chores
 from benchmarks.kernels import KERNELS, print_reports
 from benchmarks.output import bars, chore_bars, chore_lines, machine, plot, table
 from benchmarks.timing import Row, measure
+from benchmarks.traffic import traffic_bars
 from benchmarks.watch import check_when_told, watch
 from cupy_pagedkv.devices import backend
 from cupy_pagedkv.devices.cuda_backend import CudaBackend
@@ -42,7 +43,7 @@ def parser_of_arguments() -> argparse.ArgumentParser:
     add("--json", metavar="FILE", help="write what was measured")
     add("--plot", metavar="FILE.png", help="draw the share of the floor against size")
     add("--watch", action="store_true", help="a verdict on KERNEL at each save")
-    add("--kernels", action="store_true", help="what the compiler makes of the kernels")
+    add("--kernels", action="store_true", help="what the compiler makes of the kernels, and what they move")
     add("--arch", type=int, choices=nvrtc.ARCHITECTURES, help="for --watch (90) and --kernels (all)")
     add("--check-when-told", metavar="FILE", help=argparse.SUPPRESS)
     return parser
@@ -71,7 +72,12 @@ def main() -> int:
                                if getattr(options, name) is not None])  # fmt: skip
     kernels = KERNELS if options.kernel is None else (options.kernel,)
     if options.kernels:
-        return print_reports(kernels, nvrtc.ARCHITECTURES if options.arch is None else (options.arch,))
+        failed = print_reports(kernels, nvrtc.ARCHITECTURES if options.arch is None else (options.arch,))
+        if not failed:
+            print("\nWhat the emulated device counts:")
+            for line in traffic_bars(kernels):
+                print(line, flush=True)
+        return failed
 
     cases = [
         Case(operation, *shape, tokens)

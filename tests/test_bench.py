@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import cases, chores, kernels, output, timing
+from benchmarks import cases, chores, kernels, output, timing, traffic
 from cupy_pagedkv.caches.sequence import CachedSequence
 from cupy_pagedkv.devices.emulated_backend import EmulatedBackend
 from cupy_pagedkv.emulator import RawKernel
@@ -344,7 +344,7 @@ def test_watch_needs_a_kernel():
     [
         ("gather_cache", "segment.offset * slot_stride", "0 * slot_stride"),
         ("gather_cache", "value + layer * value_layer", "value"),
-        ("gather_cache", "warp % V_SLICES", "warp % K_SLICES"),
+        ("gather_cache", "(int)(slice % SLICES)", "0"),
         ("gather_cache", "block >= 0 && block < num_blocks", "block > 0 && block < num_blocks"),
         ("reshape_and_cache", "v_cache + layer * v_layer", "v_cache"),
         ("copy_blocks", "v_cache + layer * v_layer", "v_cache"),
@@ -366,3 +366,33 @@ def test_the_check_of_each_kernel(monkeypatch, kernel, good, bad):
     with kernels.emulated_by(Edited()):
         wrong = kernels.check_kernel(kernel, np)
     assert re.match(r"\d+x\d+ \w+ \w+: \d+ of \d+ bytes differ, the first at \d+", wrong)
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+def test_what_a_kernel_moves(kernel):
+    """Exactly the bytes that it has to, once; 34 tokens are two blocks and a bit."""
+    launch = traffic.launch_of(kernel, (1, 576, "float16"), num_seqs=3, seq_len=34)
+    tokens = 64 * 16 if kernel == "copy_blocks" else 3 * 34
+    assert launch.written.bytes == launch.written.touched_once == tokens * 2 * 576 * 2
+    assert traffic.once(launch) == 1
+    assert 0 < traffic.index_bytes(launch) < 0.02
+    assert launch.written.used >= 0.97
+
+
+def test_reading_a_byte_twice_is_seen(monkeypatch):
+    slot = "pool + block * block_stride + segment.offset * slot_stride, slot_stride, pool_head_stride, 0"
+    twice = f"carried.load(Slot{{{slot}}});"
+
+    class Edited(traffic.FullSize):
+        def _build_kernel(self, name, defines):
+            source = kernels.source_of(name, defines)
+            assert twice in source
+            return RawKernel(source.replace(twice, f"{{ {twice} __syncwarp(__activemask()); {twice} }}"), name)
+
+    monkeypatch.setattr(traffic, "FullSize", Edited)
+    assert traffic.once(traffic.launch_of("gather_cache", (1, 576, "float16"), 3, 34)) == pytest.approx(0.5)
+
+
+def test_the_bars_of_what_kernels_move():
+    lines = list(traffic.traffic_bars(["copy_blocks"]))
+    assert [line.split()[0] for line in lines] == ["met"] * 4 + ["8x128", "1x576", "32x128"]
