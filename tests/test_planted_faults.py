@@ -33,7 +33,7 @@ def launch(kernel: str, good: str, bad: str) -> None:
             if kernel == "reshape_and_cache":
                 cache.update(*np.zeros((2, 5, 2, 4), np.float16), np.array([39, 3, -1, 4, 32]))
             elif kernel == "gather_cache":
-                cache.gather(np.array([[4], [1], [2], [3], [0]], np.int32), np.array([8, 3, 8, 5, 8], np.int32))
+                cache.gather(np.array([[0], [1], [2], [3], [9]], np.int32), np.array([8, 3, 8, 5, 8], np.int32))
             else:
                 cache.copy_blocks(np.arange(5), np.arange(5, 10))
     finally:
