@@ -1,7 +1,11 @@
 """The emulated device: what it does like a GPU, and what it says when something is wrong."""
 
+# ruff: noqa: E501 (kernels of one line)
+
 import os
 import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -10,7 +14,7 @@ import pytest
 
 import cupy_pagedkv.emulator.compiler as compiler
 from cupy_pagedkv.devices.sources import source_of
-from cupy_pagedkv.emulator import CompileError, RawKernel
+from cupy_pagedkv.emulator import CompileError, KernelError, RawKernel, emulate
 
 
 def kernel(body: str, parameters: str = "int* x") -> RawKernel:
@@ -258,3 +262,223 @@ def test_a_misaligned_access_stops(fibers, type, alignment):
         assert memory.tobytes() == before.tobytes()
     kernel((1,), (3,), (source, target))  # and the next launch is as if nothing had happened
     assert all(target[i * 16] == source[i * 16] for i in range(3))
+
+
+def test_shared_memory_begins_as_signalling_garbage():
+    x = np.zeros(64, np.uint32)
+    code = "__shared__ unsigned s[64]; y[threadIdx.x] = s[threadIdx.x]; s[threadIdx.x] = 1;"
+    kernel(code, "unsigned* y")((3,), (64,), (x,))
+    assert np.isnan(x.view(np.float32)).all()
+    assert not (x & 0x400000).any()  # signalling, in float32 and bfloat16
+    assert np.isnan(x.view(np.float16)).all()
+
+
+def order_of(order: str) -> np.ndarray:
+    x = np.zeros(65, np.int32)
+    with emulate(order=order):
+        kernel("x[blockIdx.x * 8 + threadIdx.x] = atomicAdd(x + 64, 1);")((8,), (8,), (x,))
+    assert sorted(x[:64]) == list(range(64))
+    return x[:64]
+
+
+def test_threads_and_blocks_run_in_the_order_that_was_asked_for():
+    assert order_of("forward").tolist() == list(range(64))
+    assert order_of("backward").tolist() == list(range(64))[::-1]
+    shuffled, other = order_of("shuffled:1"), order_of("shuffled:2")
+    assert np.array_equal(shuffled, order_of("shuffled:1"))
+    assert not np.array_equal(shuffled, other)
+    of_blocks, of_threads = shuffled.reshape(8, 8) // 8, shuffled.reshape(8, 8) % 8
+    assert (of_blocks == of_blocks[:, :1]).all()  # a block after another
+    assert of_blocks[:, 0].tolist() not in (list(range(8)), other.reshape(8, 8)[:, 0].tolist())
+    assert (of_threads != np.arange(8)).any(axis=1).all()
+    assert len({tuple(row) for row in of_threads}) > 4
+
+
+def test_the_order_of_threads_between_barriers():
+    body = "for (int i = 0; i < 3; ++i) { x[atomicAdd(x + 48, 1)] = threadIdx.x; __syncthreads(); }"
+    for order, expected in (("forward", list(range(16)) * 3), ("backward", list(range(16))[::-1] * 3)):
+        x = np.zeros(49, np.int32)
+        with emulate(order=order):
+            kernel(body)((1,), (16,), (x,))
+        # Who comes to a barrier last goes on at once, and then the others in their order.
+        assert x[:16].tolist() == expected[:16]
+        assert sorted(x[16:32]) == list(range(16))
+
+
+@pytest.mark.parametrize("order", ["random", "shuffled", "shuffled:", "shuffled:x", "Forward"])
+def test_an_unknown_order_is_refused(order):
+    with pytest.raises(ValueError, match="must be forward, backward or shuffled:SEED"), emulate(order=order):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"CUPY_PAGEDKV_EMULATE": "check"}, "True '' 90"),
+        ({"CUPY_PAGEDKV_EMULATE": "1", "CUPY_PAGEDKV_EMULATE_ORDER": "shuffled:9"}, "False 'shuffled:9' 90"),
+        ({"CUPY_PAGEDKV_EMULATE_ORDER": "sideways"}, "ValueError: the order of threads must be"),
+        (
+            {"CUPY_PAGEDKV_EMULATE": "2"},
+            "ValueError: the environment variable CUPY_PAGEDKV_EMULATE must be 1, check or 0",
+        ),
+    ],
+)
+def test_the_environment(variables, expected):
+    code = (
+        "from cupy_pagedkv import PagedKVCache; from cupy_pagedkv.emulator.settings import settings; s = settings(); "
+        "print(s.check, repr(s.order), s.arch)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **variables}, capture_output=True, text=True, check=False
+    )
+    assert expected in run.stdout + run.stderr
+
+
+def test_dynamic_shared_memory():
+    code = """extern __shared__ __align__(128) unsigned char bytes[];
+    __device__ int twice(int i) { extern __shared__ int numbers[]; return numbers[i] * 2; }
+    extern "C" __global__ void f(int* x) {
+        extern __shared__ int numbers[];
+        numbers[threadIdx.x] = x[threadIdx.x];
+        __syncthreads();
+        x[threadIdx.x] = twice(31 - threadIdx.x) + ((long long)bytes != (long long)numbers);
+    }"""
+    x = np.arange(32, dtype=np.int32)
+    for check in (False, True):
+        x[:] = np.arange(32)
+        with emulate(check=check):
+            RawKernel(code, "f")((2 if not check else 1,), (32,), (x,), shared_mem=128)
+        assert x.tolist() == ([4 * i for i in range(32)] if not check else [2 * (31 - i) for i in range(32)])
+
+
+def test_limits_of_dynamic_shared_memory():
+    large = RawKernel(
+        'extern "C" __global__ void f(char* x) { extern __shared__ char s[]; s[0] = s[*(int*)x - 1] = 1; }', "f"
+    )
+    x = np.array([48 * 1024], np.int32)
+    large((1,), (1,), (x,), shared_mem=48 * 1024)
+    with pytest.raises(
+        ValueError, match="f may have 49152 bytes of dynamic shared memory, and was to be .* 49153; set max_"
+    ):
+        large((1,), (1,), (x,), shared_mem=48 * 1024 + 1)
+    for arch, kilobytes in ((75, 64), (80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99)):
+        with emulate(arch=arch):
+            large.max_dynamic_shared_size_bytes = kilobytes * 1024
+            with pytest.raises(ValueError, match=f"sm_{arch} gives a thread block at most {kilobytes * 1024} bytes"):
+                large.max_dynamic_shared_size_bytes = kilobytes * 1024 + 1
+            assert large.max_dynamic_shared_size_bytes == kilobytes * 1024
+            x[0] = kilobytes * 1024
+            with emulate(check=True):
+                large((1,), (1,), (x,), shared_mem=kilobytes * 1024)
+    with pytest.raises(ValueError, match="arch must be one of 75, 80"), emulate(arch=70):
+        pass
+
+
+def test_the_architecture_is_what_the_kernel_is_told():
+    for arch in (75, 90):
+        x = np.zeros(1, np.int32)
+        with emulate(arch=arch):
+            kernel("*x = __CUDA_ARCH__;")((1,), (1,), (x,))
+        assert x[0] == 10 * arch
+
+
+def test_more_collectives():
+    every = "0xffffffffu"
+    lanes = np.arange(64)
+    signed = (lanes % 32 - 7).reshape(2, 32)
+    for body, expected in [
+        (f"x[i] = __reduce_add_sync({every}, i % 32 - 7);", signed.sum(1).repeat(32)),
+        (f"x[i] = __reduce_min_sync({every}, i % 32 - 7);", signed.min(1).repeat(32)),
+        (f"x[i] = __reduce_max_sync({every}, i % 32 - 7);", signed.max(1).repeat(32)),
+        (f"x[i] = __reduce_or_sync({every}, 1u << i % 32 % 5) + __reduce_and_sync({every}, 96u | i);", np.full(64, 31 + 96)),
+        (f"x[i] = __reduce_xor_sync({every}, 1u << i % 32 % 3);", np.full(64, 1 + 2)),  # 11, 11 and 10 lanes
+        (f"x[i] = __popc(__match_any_sync({every}, i % 32 % 3));", np.array([11, 11, 10])[lanes % 32 % 3]),
+        (f"x[i] = __shfl_sync({every}, i, 3, 8);", lanes // 8 * 8 + 3),
+        (f"x[i] = __shfl_down_sync({every}, i, 3, 8);", np.where(lanes % 8 > 4, lanes, lanes + 3)),
+        (f"x[i] = __shfl_up_sync({every}, i, 3, 8);", np.where(lanes % 8 < 3, lanes, lanes - 3)),
+        (f"x[i] = __shfl_xor_sync({every}, i, 9, 8);", np.where(lanes % 16 < 8, lanes, lanes ^ 9)),  # not of later groups
+        ("x[i] = __syncthreads_count(i % 4 == 0) + 100 * __syncthreads_or(i == 9) + 200 * __syncthreads_and(i < 63);",
+         np.full(64, 116)),
+        ("x[i] = __popc(__activemask());", np.full(64, 32)),
+        ("if (i % 32 < 5) x[i] = __popc(__activemask()); else if (i % 2) x[i] = 0; else x[i] = __activemask() >> 31;",
+         np.where(lanes % 32 < 5, 5, 0)),
+        ("if (i % 32 < 16) __syncwarp(0xffff); else __syncwarp(0xffff0000); x[i] = i;", lanes),
+    ]:  # fmt: skip
+        assert run(f"int i = threadIdx.x; {body}", 64)[:64].tolist() == expected.tolist(), body
+
+
+def test_half_warps_may_meet_again_and_again():
+    """While the other half still reads what it met for."""
+    body = """int i = threadIdx.x, n = i % 32 < 16 ? 9 : 2; unsigned mask = i % 32 < 16 ? 0xffffu : 0xffff0000u;
+        int sum = 0; for (int k = 0; k < n; ++k) sum += __shfl_xor_sync(mask, i + 100 * k, 1); x[i] = sum;"""
+    expected = [sum((i ^ 1) + 100 * k for k in range(9 if i % 32 < 16 else 2)) for i in range(64)]
+    for order in ("forward", "backward", "shuffled:3"):
+        with emulate(order=order):
+            assert run(body, 64)[:64].tolist() == expected
+
+
+def test_atomics():
+    for body, expected in [
+        ("atomicAdd(x, i);", 2016 * 9), ("atomicSub(x, 1);", -576), ("atomicMax(x, i * (blockIdx.x + 1));", 63 * 9),
+        ("atomicMin(x, -i);", -63), ("atomicOr(x, i);", 63), ("atomicAnd(x, i); if (blockIdx.x == 8) atomicOr(x, 64);", 64),
+        ("atomicXor(x, i & 1);", 0), ("atomicInc((unsigned*)x, 9);", 576 % 10), ("atomicDec((unsigned*)x, 9);", (-576) % 10),
+        ("int old = *x, seen; do { seen = old; old = atomicCAS(x, seen, seen + 2); } while (old != seen);", 1152),
+        ("atomicExch(x, 7);", 7), ("atomicAdd((float*)x, 0.5f);", int(np.float32(288).view(np.int32))),
+    ]:  # fmt: skip
+        x = np.zeros(2, np.int32)
+        kernel("int i = threadIdx.x; " + body)((9,), (64,), (x,))
+        assert x.tolist() == [expected, 0], body
+    x = np.zeros(1)
+    kernel("atomicAdd(x, 0.25);", "double* x")((9,), (64,), (x,))
+    assert x[0] == 144
+
+
+def test_blocks_side_by_side_lose_nothing():
+    """Long enough for helpers to be called, where there are cores."""
+    x, total = np.zeros(4000, np.int32), np.zeros(1, np.int64)
+    body = """__shared__ int s[64]; s[threadIdx.x] = blockIdx.x;
+        for (int n = 0; n < 50; ++n) { __syncthreads(); s[threadIdx.x] = s[threadIdx.x ^ 1] + 0 * n; __syncthreads(); }
+        atomicAdd(total, 1ull); if (threadIdx.x == 0) x[blockIdx.x] += s[5] + 1;"""
+    k = kernel(body, "int* x, unsigned long long* total")
+    k((4000,), (64,), (x, total))
+    assert x.tolist() == [i + 1 for i in range(4000)]
+    assert total[0] == 4000 * 64
+
+
+def test_an_error_among_blocks_side_by_side():
+    body = """for (int n = 0; n < 200; ++n) __syncthreads();
+        if (blockIdx.x == 3000 && threadIdx.x == 5) __trap();"""
+    with pytest.raises(
+        KernelError, match=r"f.cu:2: thread \(5, 0, 0\) of block \(3000, 0, 0\) stops the launch: __trap"
+    ):
+        kernel(body)((4000,), (64,), (np.zeros(1, np.int32),))
+    with pytest.raises(KernelError, match="assertion failed: threadIdx.x < 9"):
+        kernel("assert(threadIdx.x < 9);")((1,), (64,), (np.zeros(1, np.int32),))
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("tex1Dfetch(x, 1);", r"does not know tex1Dfetch. If that is CUDA's, its place is .*cuda\.hpp"),
+        ("__half h;", r"does not know __half"),
+        ('asm("bar.sync 0;");', r"Inline PTX does not run on a host. kernels/ptx.cuh .*ptx\.hpp"),
+    ],
+)
+def test_cuda_that_is_not_there_is_named(code, message):
+    with pytest.raises(CompileError, match=message):
+        kernel(code)((1,), (1,), (np.zeros(1, np.int32),))
+
+
+def test_a_header_that_is_not_there_is_named():
+    with pytest.raises(CompileError, match=r"(?s)No header of CUDA's is here, cuda_fp16.h neither.*cuda\.hpp"):
+        RawKernel('#include <cuda_fp16.h>\nextern "C" __global__ void f() {}', "f")((1,), (1,), ())
+
+
+def test_two_kernels_with_shared_memory_of_one_name_have_their_own():
+    code = """template <int N> __device__ int* mine() {{ __shared__ int s[N == 1 ? {n} : 1]; return s; }}
+    extern "C" __global__ void f(int* x) {{ mine<1>()[threadIdx.x] = 1; __syncthreads(); x[threadIdx.x] = mine<1>()[0]; }}"""
+    for n in (8, 64):
+        x = np.zeros(n, np.int32)
+        with emulate(check=True):
+            RawKernel(code.format(n=n), "f")((1,), (n,), (x,))
+        assert x.all()

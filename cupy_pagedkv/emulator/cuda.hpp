@@ -181,7 +181,7 @@ EMULATED_INLINE void __syncwarp(unsigned mask = emulated_full_mask, unsigned lin
 {
     emulated_meet(emulated::SYNC, mask, nullptr, 0, line);
 }
-EMULATED_INLINE unsigned __activemask(unsigned line = __builtin_LINE()) { return emulated_activemask(line); }
+EMULATED_INLINE unsigned __activemask() { return emulated_activemask(); }
 
 // What `from` brought; garbage, if it is not there or did not come.
 template <class T> EMULATED_UNSEEN T emulated_brought(const emulated::Meeting* meeting, int from)

@@ -325,12 +325,11 @@ void Worker::go(unsigned to)
     switch_to(&self.sp, other.sp, other.stack.low, Stack::SIZE);
 }
 
-void Worker::suspend(Waiting waiting, const void* place, unsigned line)
+void Worker::suspend(Waiting waiting, const void* place)
 {
     Thread& self = thread();
     self.waiting = waiting;
     self.place = place;
-    self.line = line;
     go(next());
     self.waiting = NOT;
 }
@@ -428,7 +427,7 @@ bool Worker::release_activemask()
         any = true;
         threads[i].active = 0;
         for (unsigned j = i / 32 * 32; j < threads.size() && j < i / 32 * 32 + 32; ++j)
-            if (threads[j].waiting == AT_ACTIVEMASK && threads[j].line == threads[i].line)
+            if (threads[j].waiting == AT_ACTIVEMASK && threads[j].place == threads[i].place)
                 threads[i].active |= 1u << j % 32;
     }
     for (unsigned i = 0; i < threads.size(); ++i)
@@ -490,11 +489,12 @@ static std::uint64_t in_order(const Launch& launch, std::uint64_t i, std::uint64
     std::uint64_t mask = 1;
     while (mask < count) mask *= 2;
     --mask;
-    const std::uint64_t key = mixed(launch.seed);
+    const int half = (__builtin_popcountll(mask) + 1) / 2;
     do {
-        for (int round = 0; round < 3; ++round) {
-            i = (i * (key | 1) + (key >> 20)) & mask;
-            i ^= i >> 3;
+        for (std::uint64_t round = 1; round < 4; ++round) {
+            const std::uint64_t key = mixed(launch.seed + round);
+            i = (i * (key | 1) + (key >> 32)) & mask;
+            i ^= i >> half;
         }
     } while (i >= count);
     return i;
@@ -561,7 +561,7 @@ int emulated_barrier(Vote vote, int predicate, unsigned line)
              blockIdx.y, blockIdx.z);
     ++w.at_barrier;
     w.votes += predicate != 0;
-    if (!w.complete_barrier()) w.suspend(AT_BARRIER, place, line);
+    if (!w.complete_barrier()) w.suspend(AT_BARRIER, place);
     return (int)w.vote_result;
 }
 
@@ -611,15 +611,15 @@ const Meeting* emulated_meet(Kind kind, unsigned mask, const void* brought, std:
     }
     if (size) std::memcpy(meeting->brought[lane], brought, size);
     meeting->present |= 1u << lane;
-    if (!w.complete(warp, meeting)) w.suspend(IN_MEETING, place, line);
+    if (!w.complete(warp, meeting)) w.suspend(IN_MEETING, place);
     self.held = meeting;
     return meeting;
 }
 
-unsigned emulated_activemask(unsigned line)
+unsigned emulated_activemask()
 {
     Worker& w = *worker;
-    w.suspend(AT_ACTIVEMASK, __builtin_return_address(0), line);
+    w.suspend(AT_ACTIVEMASK, __builtin_return_address(0));
     return w.thread().active;
 }
 

@@ -54,7 +54,7 @@ extern "C" {
 int emulated_barrier(emulated::Vote vote, int predicate, unsigned line);
 const emulated::Meeting* emulated_meet(emulated::Kind kind, unsigned mask, const void* brought, std::size_t size,
                                        unsigned line, const void* place = nullptr);
-unsigned emulated_activemask(unsigned line);
+unsigned emulated_activemask();
 unsigned emulated_lane();
 void emulated_fence();
 void emulated_touch(const volatile void* address, std::size_t size, int touch, const void* place);

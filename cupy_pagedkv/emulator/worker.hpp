@@ -56,7 +56,6 @@ struct Thread {
     Waiting waiting = NOT;
     Meeting* held = nullptr;      // the last collective, of which it may still read
     const void* place = nullptr;  // of what it waits for
-    unsigned line = 0;
     unsigned active = 0;  // what __activemask returns
     unsigned barriers = 0, collectives = 0;
     std::vector<Copy> copies;      // asked for and not waited for, in groups
@@ -110,7 +109,7 @@ struct Worker {
     unsigned take_ready();
     unsigned next();
     void go(unsigned thread);
-    void suspend(Waiting waiting, const void* place, unsigned line);
+    void suspend(Waiting waiting, const void* place);
     bool complete(Warp& warp, Meeting* meeting);
     bool complete_barrier();
     bool release_activemask();
