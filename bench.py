@@ -20,6 +20,7 @@ import numpy as np
 
 from benchmarks.cases import BLOCK_SIZE, OPERATIONS, SHAPES, TOKENS, Case
 from benchmarks.chores import Chore, chores
+from benchmarks.emulation import speed_bars
 from benchmarks.kernels import KERNELS, print_reports
 from benchmarks.output import bars, chore_bars, chore_lines, machine, plot, table
 from benchmarks.timing import Row, measure
@@ -75,7 +76,7 @@ def main() -> int:
         failed = print_reports(kernels, nvrtc.ARCHITECTURES if options.arch is None else (options.arch,))
         if not failed:
             print("\nWhat the emulated device counts:")
-            for line in traffic_bars(kernels):
+            for line in (*traffic_bars(kernels), *speed_bars()):
                 print(line, flush=True)
         return failed
 

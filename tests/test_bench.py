@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import cases, chores, kernels, output, timing, traffic
+from benchmarks import cases, chores, emulation, kernels, output, timing, traffic
 from cupy_pagedkv.caches.sequence import CachedSequence
 from cupy_pagedkv.devices.emulated_backend import EmulatedBackend
-from cupy_pagedkv.emulator import RawKernel
+from cupy_pagedkv.emulator import CompileError, RawKernel
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -396,3 +396,12 @@ def test_reading_a_byte_twice_is_seen(monkeypatch):
 def test_the_bars_of_what_kernels_move():
     lines = list(traffic.traffic_bars(["copy_blocks"]))
     assert [line.split()[0] for line in lines] == ["met"] * 4 + ["8x128", "1x576", "32x128"]
+
+
+def test_the_speed_of_the_emulated_device():
+    lines = list(emulation.speed_bars(1))
+    assert [re.sub(r"^(met   |MISSED) | in \d.*", "", line) for line in lines] == [
+        "collectives >= 5 x those of swapcontext:", "1,500 sequences are gathered in a second:"
+    ]  # fmt: skip
+    with pytest.raises(CompileError):
+        emulation.collectives("-no-such-flag")
