@@ -482,3 +482,14 @@ def test_two_kernels_with_shared_memory_of_one_name_have_their_own():
         with emulate(check=True):
             RawKernel(code.format(n=n), "f")((1,), (n,), (x,))
         assert x.all()
+
+
+def test_clang_is_not_trusted_with_checks(monkeypatch, tmp_path):
+    """Its build would miss copies of structs, such as 16-byte accesses."""
+    compiler_ = tmp_path / "clang++"
+    compiler_.write_text("#!/bin/sh\necho clang version 14\n")
+    compiler_.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler_))
+    monkeypatch.setattr("cupy_pagedkv.emulator.compiler.compile_runtime", lambda: tmp_path)
+    with pytest.raises(CompileError, match="checks and profiles need g"), emulate(check=True):
+        kernel("")((1,), (1,), (np.zeros(1, np.int32),))

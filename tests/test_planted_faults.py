@@ -51,7 +51,7 @@ SUMS = "before.rows[threadIdx.x + 1] = rows;\n    if (threadIdx.x == 0) before.s
         ("reshape_and_cache", GUARDS, "if (slot >= num_slots) return;", "writes .* before the beginning of an array"),
         ("reshape_and_cache", "if (first + u * 32 < end) *", "if (first + u * 32 <= end) *", "race|past the end"),
         ("reshape_and_cache", "slot / BLOCK_SIZE * block_stride", "slot / BLOCK_SIZE * slot_stride", "race"),
-        ("reshape_and_cache", "slot % BLOCK_SIZE * slot_stride", "slot % BLOCK_SIZE * block_stride", "past the end"),
+        ("reshape_and_cache", "slot % BLOCK_SIZE * slot_stride", "slot % BLOCK_SIZE * block_stride", "race|past the end"),
         ("gather_cache", "if (first + u * 32 < end) *", "if (first + u * 32 <= end) *", "race|past the end"),
         ("gather_cache", "if (first + u * 32 < end) acc", "if (first + u * 32 <= end) acc", "past the end"),
         ("gather_cache", "segment.row * token_stride", "segment.row * head_stride", "race"),

@@ -27,7 +27,7 @@ _INDEX_TYPES = {4: "int", 8: "long long"}
 _UNROLL = 8  # accesses of one thread, all loaded before the first is stored
 _MAX_BLOCK_BYTES = 2**30  # offsets inside a block are 32-bit in the kernels
 _MAX_WARPS = 4  # of a thread block: the kernels' __launch_bounds__
-_MIN_BLOCKS = 6  # that a multiprocessor holds at once: the second of the kernels' __launch_bounds__
+_GATHER_BLOCKS = 4  # that a multiprocessor holds at once: the second of gather_cache's __launch_bounds__
 
 _INDICES = {
     "reshape_and_cache": ("SLOT_T",),
@@ -246,7 +246,7 @@ class CudaBackend:
         indices = (block_tables, *block_tables.strides, max_blocks, seq_lens, *seq_lens.strides, *starts, num_seqs)
         arguments = (*arrays, *plan.strides, *indices, num_rows, layout.num_blocks)
         # Each block sums all lengths: more blocks than run at once would only read them again.
-        at_once = max(1, self._processors(self._device(key)) * _MIN_BLOCKS // (2 * layout.num_layers))
+        at_once = max(1, self._processors(self._device(key)) * _GATHER_BLOCKS // (2 * layout.num_layers))
         self._launch(plan.kernel, key, segments, layout.block_size * plan.row, layout.num_layers, arguments, at_once)
 
     def copy_blocks(self, k_cache: Any, v_cache: Any, src: Any, dst: Any, pools: Pools) -> None:

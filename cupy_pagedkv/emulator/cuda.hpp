@@ -357,7 +357,7 @@ inline char* emulated_no_dynamic() { return nullptr; }
 // All `extern __shared__` arrays begin at one address: their names are further names of this memory.
 #define EMULATED_DYNAMIC_SHARED                                                                              \
     extern "C" {                                                                                             \
-    __attribute__((visibility("default"))) alignas(1024) thread_local char                                   \
+    alignas(1024) __attribute__((visibility("default"))) thread_local char                                   \
         emulated_dynamic_shared[emulated::DYNAMIC_SHARED];                                                   \
     }                                                                                                        \
     inline char* emulated_dynamic() { return emulated_dynamic_shared; }
