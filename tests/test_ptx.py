@@ -1,531 +1,225 @@
-"""kernels/ptx.cuh on a GPU and its twins, emulator/ptx.hpp, on the emulated device: one set of kernels for both.
+"""PTX instructions as functions: their twins on the host against NumPy, and on a GPU the instructions themselves."""
 
-The kernels place and take fragments by the formulas of the PTX ISA, written down here a second time.
-"""
+# ruff: noqa: E501 (kernels of one line)
 
-import re
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import Device
 
 from cupy_pagedkv.devices.sources import with_includes
-from cupy_pagedkv.emulator import KernelError, RawKernel, emulate
-from cupy_pagedkv.emulator.nvrtc import ARCHITECTURES, _disassemble, compile_kernel
+from cupy_pagedkv.emulator import KernelError, RawKernel
+from cupy_pagedkv.emulator.nvrtc import ARCHITECTURES, compile_kernel
 
-HEADER = (Path(__file__).parent.parent / "kernels" / "ptx.cuh").read_text()
-BF16 = ml_dtypes.bfloat16
-
-
-def source(code: str) -> str:
-    return with_includes(f'#include "ptx.cuh"\n{code}', "test.cu")
+BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
-def run(code: str, *arguments: Any, device: Any = None, threads: int = 32, blocks: int = 1) -> list[np.ndarray]:
-    """The arrays among ``arguments`` after kernel ``f`` has run on copies of them; without ``device``, emulated."""
-    cupy = device is not None and device.name == "cupy"
-    kernel = device.xp.RawKernel(source(code), "f", ("-std=c++17",)) if cupy else RawKernel(source(code), "f")
-    copies = [x if np.isscalar(x) else device.array(x) if device else x.copy() for x in arguments]
-    kernel((blocks,), (threads,), tuple(copies))
-    return [device.numpy(x) if device else x for x in copies if not np.isscalar(x)]
+def run(device: Device, body: str, parameters: str, *arrays: np.ndarray, threads: int = 32) -> list[np.ndarray]:
+    """The arrays behind a launch of one block."""
+    code = with_includes(
+        f'#include "ptx.cuh"\n#line 1 "f.cu"\nextern "C" __global__ void f({parameters}) {{ {body} }}', "f.cu"
+    )
+    on_device = [device.array(array) for array in arrays]
+    kernel = device.xp.RawKernel(code, "f", ("-std=c++17",)) if device.name == "cupy" else RawKernel(code, "f")
+    kernel((1,), (threads,), tuple(on_device))
+    return [device.numpy(array) for array in on_device]
 
 
-def run_in_every_mode(code: str, *arguments: Any, device: Any, threads: int) -> list[np.ndarray]:
-    """As ``run``; the emulated device gives the same in another order, and finds no fault."""
-    results = run(code, *arguments, device=device, threads=threads)
-    for mode in ({"order": "backward"}, {"order": "shuffled:3"}, {"check": True}) if device.name == "emulated" else ():
-        with emulate(**mode):
-            for result, same in zip(results, run(code, *arguments, device=device, threads=threads), strict=True):
-                assert result.tobytes() == same.tobytes(), mode
-    return results
-
-
-# mma
-
-# PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type", .f16 and .bf16: a0 to a7, b0 to b3, c0 to c3.
-# PTX ISA, "Matrix Fragments for mma.m16n8k8", .f16: a0 to a3, b0 and b1, c0 to c3.
-# Both with groupID = %laneid >> 2 and threadID_in_group = %laneid % 4.
-MMA = """
-template <int K> __device__ int row_of_a(int i, int group)
-{
-    if (K == 16) return (0 <= i && i < 2) || (4 <= i && i < 6) ? group : group + 8;
-    return i < 2 ? group : group + 8;
-}
-template <int K> __device__ int column_of_a(int i, int t)
-{
-    if (K == 16) return i < 4 ? t * 2 + (i & 1) : t * 2 + (i & 1) + 8;
-    return t * 2 + (i & 1);
-}
-template <int K> __device__ int row_of_b(int i, int t)
-{
-    if (K == 16) return i < 2 ? t * 2 + (i & 1) : t * 2 + (i & 1) + 8;
-    return t * 2 + i;
-}
-template <int K, class Mma> __device__ void products(const unsigned short* a, const unsigned short* b, float* d, Mma mma)
-{
-    const int warp = threadIdx.x >> 5, group = (threadIdx.x & 31) >> 2, t = threadIdx.x % 4;
-    float c[4];
-    for (int i = 0; i < 4; ++i) c[i] = d[warp * 128 + (i < 2 ? group : group + 8) * 8 + t * 2 + (i & 1)];
-    for (int step = 0; step < STEPS; ++step) {
-        const unsigned short* a_now = a + (warp * STEPS + step) * 16 * K;
-        const unsigned short* b_now = b + (warp * STEPS + step) * 8 * K;
-        unsigned a_bits[K / 4] = {}, b_bits[K / 8] = {};
-        for (int i = 0; i < K / 2; ++i)
-            a_bits[i / 2] |= (unsigned)a_now[row_of_a<K>(i, group) * K + column_of_a<K>(i, t)] << i % 2 * 16;
-        for (int i = 0; i < K / 4; ++i) b_bits[i / 2] |= (unsigned)b_now[group * K + row_of_b<K>(i, t)] << i % 2 * 16;
-        mma(c, a_bits, b_bits);
+# PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type" (and "... m16n8k8 ..."): rows and columns of a_i, b_i
+# and c_i for groupID = lane >> 2 and threadID_in_group = lane % 4.
+LAYOUT = """
+    int group = threadIdx.x >> 2, in_group = threadIdx.x % 4;
+    unsigned ra[K / 4], rb[K / 8]; float rd[4];
+    for (int i = 0; i < K / 2; ++i) {
+        int row = (i & 2) ? group + 8 : group, column = in_group * 2 + (i & 1) + (i >= 4 ? 8 : 0);
+        if (i % 2 == 0) ra[i / 2] = 0;
+        ra[i / 2] |= (unsigned)a[row * K + column] << i % 2 * 16;
     }
-    for (int i = 0; i < 4; ++i) d[warp * 128 + (i < 2 ? group : group + 8) * 8 + t * 2 + (i & 1)] = c[i];
-}
-extern "C" __global__ void f(const unsigned short* a, const unsigned short* b, float* d, int which)
-{
-    using A16 = unsigned[4];
-    using A8 = unsigned[2];
-    using B16 = unsigned[2];
-    using B8 = unsigned[1];
-    using D = float[4];
-    if (which == 0) products<8>(a, b, d, [](D& d, A8& a, B8& b) { mma_m16n8k8_f16(d, a, b[0]); });
-#if __CUDA_ARCH__ >= 800
-    if (which == 1) products<16>(a, b, d, [](D& d, A16& a, B16& b) { mma_m16n8k16_f16(d, a, b); });
-    if (which == 2) products<16>(a, b, d, [](D& d, A16& a, B16& b) { mma_m16n8k16_bf16(d, a, b); });
-#endif
-}
+    for (int i = 0; i < K / 4; ++i) {
+        int row = in_group * 2 + (i & 1) + (i >= 2 ? 8 : 0);
+        if (i % 2 == 0) rb[i / 2] = 0;
+        rb[i / 2] |= (unsigned)b[row * 8 + group] << i % 2 * 16;
+    }
+    for (int i = 0; i < 4; ++i) rd[i] = d[(i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1)];
+    CALL
+    for (int i = 0; i < 4; ++i) d[(i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1)] = rd[i];
 """
-WARPS, STEPS = 2, 3
-MMA = f"#define STEPS {STEPS}\n{MMA}"
 
 
 @pytest.mark.parametrize(
-    ("which", "k", "dtype"), [(0, 8, np.float16), (1, 16, np.float16), (2, 16, BF16)], ids=["k8-f16", "k16-f16", "k16-bf16"]
+    ("k", "dtype", "call"),
+    [
+        (16, np.float16, "mma_m16n8k16_f16(rd, ra, rb);"),
+        (16, BF16, "mma_m16n8k16_bf16(rd, ra, rb);"),
+        (8, np.float16, "mma_m16n8k8_f16(rd, ra, rb[0]);"),
+    ],
 )
-def test_mma_multiplies_and_adds(kernel_device, rng, which, k, dtype):
-    """Whole numbers, distinct in each matrix and small enough that every sum is exact; each warp has its own."""
-    if kernel_device.name == "cupy" and which and int(kernel_device.xp.cuda.Device().compute_capability) < 80:
-        pytest.skip("Turing has no mma.m16n8k16")
-
-    def distinct(rows: int, columns: int) -> np.ndarray:
-        numbers = np.arange(rows * columns) - rows * columns // 2
-        return np.array([rng.permutation(numbers) for _ in range(WARPS * STEPS)]).reshape(WARPS, STEPS, rows, columns)
-
-    a, b = distinct(16, k), distinct(k, 8)
-    d = rng.permutation(np.arange(1, WARPS * 128 + 1)).reshape(WARPS, 16, 8) * 1001
-    expected = d + (a @ b).sum(1)
-    assert np.abs(a).max() <= 128  # bfloat16 has all whole numbers to 256
-    assert max(np.abs(expected).max(), (np.abs(a) @ np.abs(b)).sum(1).max() + d.max()) < 2**24
-    columns_of_b = np.ascontiguousarray(b.swapaxes(2, 3))
-    a_bits, b_bits = (x.astype(dtype).view(np.uint16) for x in (a, columns_of_b))
-    arguments = a_bits, b_bits, d.astype(np.float32), np.int32(which)
-    *inputs, result = run_in_every_mode(MMA, *arguments, device=kernel_device, threads=32 * WARPS)
-    assert np.array_equal(result, expected)
-    assert np.array_equal(inputs[0], a_bits)
-    assert np.array_equal(inputs[1], b_bits)
+def test_mma(kernel_device, rng, k, dtype, call):
+    """Whole numbers of which the sums are exact; no two alike in a or in b."""
+    a = (rng.permutation(16 * k) - 8 * k).astype(np.float32).reshape(16, k)
+    b = (rng.permutation(8 * k) - 4 * k).astype(np.float32).reshape(k, 8)
+    d = np.arange(128, dtype=np.float32).reshape(16, 8)
+    assert (a.astype(dtype) == a).all()
+    assert (b.astype(dtype) == b).all()
+    bits = [array.astype(dtype).view(np.uint16) for array in (a, b)]
+    body = LAYOUT.replace("CALL", call).replace("K", str(k))
+    *_, got = run(kernel_device, body, "const unsigned short* a, const unsigned short* b, float* d", *bits, d)
+    assert got.tolist() == (d + a @ b).tolist()
 
 
-# ldmatrix
-
-# PTX ISA, "Warp-level matrix load instruction: ldmatrix".
-LDMATRIX = """
-#define LOAD(which_, name, count)                                        \\
-    if (which == which_) {                                               \\
-        unsigned r[count];                                               \\
-        name(r, row);                                                    \\
-        for (int i = 0; i < count; ++i) y[threadIdx.x * count + i] = r[i]; \\
-    }
-extern "C" __global__ void f(const unsigned short* x, const int* begins, unsigned* y, int which)
-{
-    __shared__ __align__(16) unsigned short s[1024];
-    for (int i = threadIdx.x; i < 1024; i += blockDim.x) s[i] = x[i];
-    __syncthreads();
-    const void* row = (const char*)s + begins[threadIdx.x];
-    LOAD(0, ldmatrix_x1, 1)
-    LOAD(1, ldmatrix_x2, 2)
-    LOAD(2, ldmatrix_x4, 4)
-    LOAD(3, ldmatrix_trans_x1, 1)
-    LOAD(4, ldmatrix_trans_x2, 2)
-    LOAD(5, ldmatrix_trans_x4, 4)
-}
-"""
-
-
-@pytest.mark.parametrize("trans", [False, True], ids=["", "trans"])
+@pytest.mark.parametrize("trans", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_ldmatrix_spreads_matrices_over_a_warp(kernel_device, rng, count, trans):
-    """Rows from all over shared memory. Lane 4g + t gets columns 2t, 2t + 1 of row g, the lower one in the low half."""
-    x = rng.choice(1 << 16, 1024, replace=False).astype(np.uint16)
-    rows = rng.permutation(128)[:64].reshape(2, 32)  # of 2 warps
-    y = np.zeros((2, 32, count), np.uint32)
-    which = np.int32(count // 2 + 3 * trans)
-    begins = (rows * 16).astype(np.int32)
-    *_, y = run_in_every_mode(LDMATRIX, x, begins, y, which, device=kernel_device, threads=64)
-    for warp in range(2):
-        matrices = x.reshape(128, 8)[rows[warp, : 8 * count]].reshape(count, 8, 8).astype(np.uint32)
-        if trans:
-            matrices = matrices.swapaxes(1, 2)
-        expected = matrices[:, :, 0::2] | matrices[:, :, 1::2] << 16  # matrix, g, t
-        assert np.array_equal(y[warp], expected.reshape(count, 32).T)
-
-
-@pytest.mark.parametrize("which", range(6))
-@pytest.mark.parametrize("off", [2, 4, 8])
-def test_ldmatrix_refuses_a_row_that_begins_between_multiples_of_16(which, off):
-    begins = np.arange(0, 512, 16, dtype=np.int32)
-    lane = (7, 15, 31)[which % 3]  # the last one that counts
-    begins[lane] += off
-    arguments = np.zeros(1024, np.uint16), begins, np.zeros(128, np.uint32), np.int32(which)
-    with pytest.raises(KernelError, match=rf"test\.cu:\d+: thread \({lane}, 0, 0\) .* gives ldmatrix .* multiple of 16"):
-        run(LDMATRIX, *arguments)
-
-
-# cp_async
-
-
-def turing() -> str:
-    """What ptx.cuh has for Turing, in a namespace, so that it runs everywhere."""
-    bf16, f16x2, bf16x2, copies = re.findall(r"^#else\n(.*?)^#endif", HEADER, re.DOTALL | re.MULTILINE)
-    return f"""
-        namespace turing {{
-        __device__ unsigned short f32_to_bf16(float x) {{ {bf16} }}
-        __device__ unsigned f32x2_to_f16x2(float low, float high) {{ {f16x2} }}
-        __device__ unsigned f32x2_to_bf16x2(float low, float high) {{ {bf16x2} }}
-        {copies}
-        }}
-    """
-
-
-# PTX ISA, "Data Movement and Conversion Instructions: Non-bulk copy", cp.async: src-size.
-COPY = f"""{turing()}
-#define COPY(which_, name, size)                                                                          \\
-    if (which == which_) {{                                                                               \\
-        if (n <= size) name<size>(s + threadIdx.x * size, x + threadIdx.x * size, n);                     \\
-        else name<size>(s + threadIdx.x * size, x + threadIdx.x * size);                                  \\
-    }}
-extern "C" __global__ void f(const unsigned char* x, unsigned char* y, int which)
-{{
-    __shared__ __align__(16) unsigned char s[32 * 16];
-    const int n = threadIdx.x;
-    for (int i = n; i < 32 * 16; i += 32) s[i] = 0xff;
-    __syncthreads();
-    COPY(4, cp_async, 4)
-    COPY(8, cp_async, 8)
-    COPY(16, cp_async, 16)
-    cp_async_commit();
-    cp_async_wait<0>();
-    COPY(-4, turing::cp_async, 4)
-    COPY(-8, turing::cp_async, 8)
-    COPY(-16, turing::cp_async, 16)
-    __syncthreads();
-    for (int i = n; i < 32 * 16; i += 32) y[i] = s[i];
-}}
-"""
-
-
-@pytest.mark.parametrize("of_turing", [False, True], ids=["", "turing"])
-@pytest.mark.parametrize("size", [4, 8, 16])
-def test_cp_async_reads_what_it_is_told_and_fills_up_with_zeros(kernel_device, rng, size, of_turing):
-    """Lane n asks for n bytes, from 0 to SIZE; the lanes behind name no number and get all."""
-    x = rng.integers(1, 255, (32, size), np.uint8)
-    which = np.int32(-size if of_turing else size)
-    _, y = run_in_every_mode(COPY, x, np.zeros(512, np.uint8), which, device=kernel_device, threads=32)
-    lanes, i = np.indices((32, size))
-    assert np.array_equal(y[: 32 * size].reshape(32, size), np.where((i < lanes) | (lanes > size), x, 0))
-    assert np.all(y[32 * size :] == 0xFF)
-
-
-# PTX ISA, "cp.async.commit_group" and "cp.async.wait_group / cp.async.wait_all".
-GROUPS = """
-extern "C" __global__ void f(const int* x, int* y)
-{
-    __shared__ __align__(16) int s[32];
-    int* mine = s + 16 * threadIdx.x;
-    const int* from = x + 16 * threadIdx.x;
-    volatile int* now = s;
-    int looked = 0;
-    const auto look = [&] { for (int i = 0; i < 32; ++i) y[looked * 32 + i] = now[i]; ++looked; };
-    for (int i = 0; i < 16; ++i) now[16 * threadIdx.x + i] = -1;
-    cp_async<16>(mine, from);
-    cp_async_commit();
-    cp_async<8>(mine + 4, from + 4);
-    cp_async<4>(mine + 7, from + 7);
-    cp_async_commit();
-    cp_async<4>(mine + 6, from + 6);
-    cp_async<16>(mine + 8, from + 8);
-    cp_async_commit();
-    cp_async<16>(mine + 12, from + 12);
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        look();
-        cp_async_wait<3>(); look();
-        cp_async_wait<2>(); look();
-        cp_async_wait<1>(); look();
-        cp_async_wait<1>(); look();
-        cp_async_wait<0>(); look();
-    }
-    __syncthreads();
-    if (threadIdx.x == 1) cp_async_wait_all();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        look();
-        cp_async_wait_all(); look();
-        // An empty group is one; of two copies to one place the later group's stays.
-        cp_async<4>(mine, from + 1); cp_async_commit(); cp_async_commit();
-        cp_async_wait<1>(); look();
-        cp_async<4>(mine, from + 2); cp_async_commit();
-        cp_async<4>(mine, from + 3); cp_async_commit();
-        look();
-        cp_async_wait<1>(); look();
-        cp_async_wait<0>(); look();
-    }
-}
-"""
-
-
-@pytest.mark.parametrize("order", ["forward", "backward"])
-def test_copies_arrive_when_their_group_is_waited_for_and_not_before(order):
-    """Of the emulated device alone: on a GPU they may arrive any time before."""
-    x = np.arange(100, 132, dtype=np.int32)
-    with emulate(check=False, order=order):
-        _, y = run(GROUPS, x, np.full((12, 2, 16), -2, np.int32), threads=2)
-    looks = [[(i == j).all() and i[0] >= 100 for i, j in zip(mine[:, None], x[:16, None], strict=True)] for mine in y[:, 0]]
-    one, two, three, four = [1] * 4 + [0] * 12, [1] * 6 + [0, 1] + [0] * 8, [1] * 12 + [0] * 4, [1] * 16
-    assert looks[:8] == [[0] * 16, [0] * 16, one, two, two, three, three, four]
-    assert np.all((y[:, 0] == -1) | (y[:, 0] >= 100))
-    assert np.all(y[:6, 1] == -1)  # nobody's wait is another's
-    assert np.all(y[6:, 1] == x[16:])
-    assert y[8:, 0, 0].tolist() == [101, 101, 102, 103]
-    assert np.all(y[8:, 0, 1:] == x[1:16])
-
-
-MISPLACED = """
-extern "C" __global__ void f(const char* x, char* y, int size, int to, int from, int from_source)
-{
-    __shared__ __align__(16) char s[64];
-    if (size == 4) cp_async<4>(s + to, x + from, from_source);
-    if (size == 8) cp_async<8>(s + to, x + from, from_source);
-    if (size == 16) cp_async<16>(s + to, x + from, from_source);
-    cp_async_wait_all();
-    for (int i = 0; i < size; ++i) y[i] = s[to + i];
-}
-"""
+def test_ldmatrix(kernel_device, rng, count, trans):
+    """PTX ISA, "ldmatrix": rows lie anywhere, at multiples of 16 bytes."""
+    memory = rng.permutation(2**16)[: 64 * 8].astype(np.uint16)
+    rows = rng.permutation(64)[:32]
+    body = f"""__shared__ __align__(16) unsigned short s[512]; for (int i = threadIdx.x; i < 512; i += 32) s[i] = memory[i];
+        __syncwarp(); unsigned r[{count}]; ldmatrix_{"trans_" if trans else ""}x{count}(r, s + 8 * rows[threadIdx.x]);
+        for (int i = 0; i < {count}; ++i) out[{count} * threadIdx.x + i] = r[i];"""
+    out = np.zeros((32, count), np.uint32)
+    parameters = "const unsigned short* memory, const int* rows, unsigned* out"
+    *_, got = run(kernel_device, body, parameters, memory, rows.astype(np.int32), out)
+    for i in range(count):
+        matrix = memory.reshape(64, 8)[rows[8 * i : 8 * i + 8]]
+        matrix = np.ascontiguousarray(matrix.T if trans else matrix)
+        assert np.array_equal(got[:, i], matrix.view(np.uint32).reshape(-1)), i
 
 
 @pytest.mark.parametrize("size", [4, 8, 16])
-def test_cp_async_refuses_other_places_than_multiples_of_its_size(size):
-    x, y = np.arange(1, 65, dtype=np.int8), np.zeros(16, np.int8)
-
-    def copy(to: int, start: int, from_source: int) -> np.ndarray:
-        return run(MISPLACED, x, y, *map(np.int32, (size, to, start, from_source)), threads=1)[1]
-
-    for to, start in [(0, 0), (size, 2 * size), (3 * size, size)]:
-        assert np.array_equal(copy(to, start, size)[:size], x[start : start + size])
-    message = rf"test\.cu:\d+: thread \(0, 0, 0\) .* copies {size} bytes asynchronously .* multiples of {size}, and asks for"
-    for off in range(1, size):
-        for wrong in ((off, 0, size), (0, off, size), (off, off, 1), (size + off, size, 0)):
-            with pytest.raises(KernelError, match=message):
-                copy(*wrong)
-    for from_source in (size + 1, -1):
-        with pytest.raises(KernelError, match=message):
-            copy(0, 0, from_source)
+def test_an_asynchronous_copy_and_its_zeros(kernel_device, rng, size):
+    """Thread i copies i bytes, as far as there are so many, and zeros."""
+    source = rng.integers(1, 256, 32 * 16, dtype=np.uint8)
+    body = f"""__shared__ __align__(16) unsigned char s[512]; for (int i = 0; i < 16; ++i) s[16 * threadIdx.x + i] = 77;
+        cp_async<{size}>(s + 16 * threadIdx.x, from + 16 * threadIdx.x, min((int)threadIdx.x, {size}));
+        cp_async_commit(); cp_async_wait<0>();
+        for (int i = 0; i < 16; ++i) to[16 * threadIdx.x + i] = s[16 * threadIdx.x + i];"""
+    _, got = run(kernel_device, body, "const unsigned char* from, unsigned char* to", source, np.zeros_like(source))
+    expected = np.full((32, 16), 77, np.uint8)
+    expected[:, :size] = 0
+    for i in range(32):
+        expected[i, : min(i, size)] = source[16 * i : 16 * i + min(i, size)]
+    assert np.array_equal(got.reshape(32, 16), expected)
 
 
-# Conversions and approximations, of 32 bits x and those before or behind them, `other`.
-
-FUNCTIONS = {
-    "f16_to_f32": "__float_as_uint(f16_to_f32((unsigned short)x))",
-    "bf16_to_f32": "__float_as_uint(bf16_to_f32((unsigned short)x))",
-    "f32_to_f16": "f32_to_f16(__uint_as_float(x))",
-    "f32_to_bf16": "f32_to_bf16(__uint_as_float(x))",
-    "f32x2_to_f16x2": "f32x2_to_f16x2(__uint_as_float(x), __uint_as_float(other))",
-    "f32x2_to_bf16x2": "f32x2_to_bf16x2(__uint_as_float(x), __uint_as_float(other))",
-    "ex2_approx": "__float_as_uint(ex2_approx(__uint_as_float(x)))",
-    "tanh_approx": "__float_as_uint(tanh_approx(__uint_as_float(x)))",
-}
-OF_TURING = ("f32_to_bf16", "f32x2_to_f16x2", "f32x2_to_bf16x2")
-FUNCTIONS |= {f"turing::{name}": f"turing::{FUNCTIONS[name]}" for name in OF_TURING}
-CASES = "\n".join(f"case {i}: y[i] = {expression}; break;" for i, expression in enumerate(FUNCTIONS.values()))
-ELEMENTWISE = f"""{turing()}
-extern "C" __global__ void f(const unsigned* xs, unsigned* y, int n, int which)
-{{
-    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) {{
-        const unsigned x = xs[i], other = xs[i ^ 1];
-        switch (which) {{ {CASES} }}
-    }}
-}}
-"""
+def emulated(body: str, parameters: str, *arrays: np.ndarray) -> None:
+    code = with_includes(
+        f'#include "ptx.cuh"\n#line 1 "f.cu"\nextern "C" __global__ void f({parameters}) {{ {body} }}', "f.cu"
+    )
+    RawKernel(code, "f")((1,), (32,), arrays)
 
 
-def of_each(name: str, x: np.ndarray, device: Any) -> np.ndarray:
-    """The function of 32-bit patterns ``x``, as 32-bit patterns."""
-    bits = np.ascontiguousarray(x).view(np.uint32)
-    assert bits.size % 2 == 0
-    which = np.int32(list(FUNCTIONS).index(name))
-    _, y = run(ELEMENTWISE, bits, np.zeros_like(bits), np.int32(bits.size), which, device=device, blocks=32)
-    return y
+def test_bytes_arrive_with_their_group_and_not_before():
+    body = """__shared__ __align__(16) int s[32 * 12]; int* mine = s + 12 * threadIdx.x;
+        for (int n = 0; n < 3; ++n) { mine[4 * n] = -1; cp_async<16>(mine + 4 * n, x + 4 * n); cp_async_commit(); }
+        int* out = y + 12 * threadIdx.x;
+        for (int n = 0; n < 3; ++n) out[n] = mine[4 * n];
+        cp_async_wait<2>(); for (int n = 0; n < 3; ++n) out[3 + n] = mine[4 * n];
+        cp_async_wait<1>(); for (int n = 0; n < 3; ++n) out[6 + n] = mine[4 * n];
+        cp_async_wait<1>(); cp_async<16>(mine, x + 4);  // of no group yet
+        cp_async_wait<0>(); out[9] = mine[0]; out[10] = mine[8]; cp_async_wait_all(); out[11] = mine[0];"""
+    x, y = np.arange(12, dtype=np.int32), np.zeros((32, 12), np.int32)
+    emulated(body, "const int* x, int* y", x, y)
+    assert y.tolist() == [[-1, -1, -1, 0, -1, -1, 0, 4, -1, 0, 8, 4]] * 32
 
 
-def assert_same(result: np.ndarray, expected: np.ndarray) -> None:
-    """Bit by bit, but that any NaN is as good as another."""
-    nan = np.isnan(expected.astype(np.float32))
-    assert np.array_equal(np.isnan(result.astype(np.float32)), nan)
-    bits = f"u{expected.itemsize}"
-    different = np.flatnonzero((result.view(bits) != expected.view(bits)) & ~nan)
-    assert not different.size, (different[:5], result[different[:5]], expected[different[:5]])
-
-
-def floats_between(dtype: Any, rng: np.random.Generator) -> np.ndarray:
-    """Float32s: all of ``dtype``, half way between neighbours and to what would follow the largest, one float32 to
-    either side, and arbitrary ones."""
-    all_ = np.arange(1 << 16, dtype=np.uint16).view(dtype).astype(np.float32)
-    upwards = np.sort(all_[np.isfinite(all_) & ~np.signbit(all_)]).astype(np.float64)
-    beyond = 2 * upwards[-1] - upwards[-2]
-    half = ((upwards + np.append(upwards[1:], beyond)) / 2).astype(np.float32)
-    assert np.array_equal(half.astype(np.float64) * 2, upwards + np.append(upwards[1:], beyond))  # exactly half way
-    around = np.concatenate([half, np.nextafter(half, np.float32(0)), np.nextafter(half, np.float32(np.inf))])
-    arbitrary = rng.integers(0, 1 << 32, 100_000, np.uint32).view(np.float32)
-    small = rng.integers(0, 1 << 24, 10_000, np.uint32).view(np.float32)  # half of them denormal
-    largest = np.finfo(np.float32).max
-    special = np.array([0, 1e-45, 65519.996, 65520, 65536, 1e30, largest, np.inf, np.nan, 1e-30], np.float32)
-    signalling = np.array([0x7F800001, 0x7F80FFFF, 0x7FFFFFFF, 0x7FC00000], np.uint32).view(np.float32)
-    either = np.concatenate([around, small, special, signalling])
-    return np.concatenate([all_, arbitrary, either, -either])
-
-
-@pytest.mark.parametrize(("name", "dtype"), [("f16_to_f32", np.float16), ("bf16_to_f32", BF16)])
-def test_all_16_bit_numbers_become_float32(kernel_device, name, dtype):
-    bits = np.arange(1 << 16, dtype=np.uint32)
-    with np.errstate(invalid="ignore"):
-        expected = bits.astype(np.uint16).view(dtype).astype(np.float32)
-    assert_same(of_each(name, bits, kernel_device).view(np.float32), expected)
-
-
-@pytest.mark.filterwarnings("ignore:.*encountered in cast:RuntimeWarning")
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("f32_to_f16", np.float16), ("f32_to_bf16", BF16), ("turing::f32_to_bf16", BF16)]
+    ("body", "message"),
+    [
+        ("cp_async<16>(s + 8, x);", "f.cu:1: .* copies 16 bytes asynchronously from .* must both be multiples of 16"),
+        ("cp_async<8>(s, x + 1);", "copies 8 bytes asynchronously .* multiples of 8"),
+        ("cp_async<4>(s, x, 5);", "copies 4 bytes .* asks for 5 from the source"),
+        (
+            "unsigned r[2]; ldmatrix_x2(r, s + 2);",
+            "f.cu:1: .* gives ldmatrix a row of 16 bytes .* not a multiple of 16",
+        ),
+    ],
 )
-def test_float32_is_rounded_to_the_nearest_and_to_even(kernel_device, rng, name, dtype):
-    x = floats_between(dtype, rng)
-    y = of_each(name, x, kernel_device)
-    assert np.all(y < 1 << 16)
-    result = y.astype(np.uint16).view(dtype)
-    assert_same(result, x.astype(dtype))
-    same = x[: 1 << 16]  # those that came from 16 bits
-    numbers = ~np.isnan(same)
-    assert np.array_equal(y[: 1 << 16][numbers], np.arange(1 << 16)[numbers])
+def test_what_the_instructions_refuse(body, message):
+    with pytest.raises(KernelError, match=message):
+        emulated(f"__shared__ __align__(16) unsigned char s[512]; {body}", "const int* x", np.zeros(16, np.int32))
 
 
-@pytest.mark.filterwarnings("ignore:.*encountered in cast:RuntimeWarning")
-@pytest.mark.parametrize("prefix", ["", "turing::"])
-@pytest.mark.parametrize(("name", "dtype"), [("f32x2_to_f16x2", np.float16), ("f32x2_to_bf16x2", BF16)])
-def test_pairs_are_packed_with_the_first_in_the_low_half(kernel_device, rng, prefix, name, dtype):
-    x = rng.permutation(floats_between(dtype, rng))[:100_000]
-    packed = of_each(prefix + name, x, kernel_device).view(np.uint16).view(dtype).reshape(-1, 2)
-    expected = x.astype(dtype)
-    assert_same(packed[:, 0].copy(), expected)
-    assert_same(packed[:, 1].copy(), expected.reshape(-1, 2)[:, ::-1].reshape(-1))
+def all_of(device: Device, function: str, inputs: np.ndarray, output: Any) -> np.ndarray:
+    kinds = {2: "unsigned short", 4: "float"}
+    parameters = f"const {kinds[inputs.itemsize]}* x, {kinds[np.dtype(output).itemsize]}* y, const int* n"
+    body = f"for (int i = threadIdx.x; i < *n; i += blockDim.x) y[i] = {function}(x[i]);"
+    out = np.zeros(len(inputs), output)
+    return run(device, body, parameters, inputs, out, np.array([len(inputs)], np.int32), threads=256)[1]
 
 
-def test_ex2_approx(kernel_device):
-    """PTX ISA, "Floating Point Instructions: ex2": of -inf +0, of +inf +inf; .ftz makes denormals 0."""
-    x = np.linspace(-125.99, 127.99, 20_000).astype(np.float32)
-    y = of_each("ex2_approx", x, kernel_device).view(np.float32).astype(np.float64)
-    np.testing.assert_allclose(y, np.exp2(x.astype(np.float64)), rtol=2e-6)
-    below = np.array([-126.01, -126.5, -127, -140, -149, -150, -151, -1000, -1e30, -np.inf], np.float32)
-    assert of_each("ex2_approx", below, kernel_device).tolist() == [0] * below.size
-    special = np.array([0, -0.0, 1e-45, -1e-45, 128, 1e30, np.inf, np.nan], np.float32)
-    y = of_each("ex2_approx", special, kernel_device).view(np.float32)
-    np.testing.assert_array_equal(y, np.array([1, 1, 1, 1, np.inf, np.inf, np.inf, np.nan], np.float32))
+EVERY = np.arange(2**16, dtype=np.uint32).astype(np.uint16)
 
 
-def test_tanh_approx(kernel_device):
-    """PTX ISA, "Floating Point Instructions: tanh": relative error 2^-11; denormals are supported."""
-    positive = np.concatenate([np.geomspace(1e-30, 100, 10_000), np.linspace(0.01, 12, 10_000)])
-    x = np.concatenate([positive, -positive]).astype(np.float32)
-    y = of_each("tanh_approx", x, kernel_device).view(np.float32).astype(np.float64)
-    np.testing.assert_allclose(y, np.tanh(x.astype(np.float64)), rtol=2**-10.9, atol=5e-4)
-    assert np.array_equal(np.sign(y), np.sign(x))
-    special = np.array([0, -0.0, np.inf, -np.inf, 1e30, -1e30], np.float32)
-    assert of_each("tanh_approx", special, kernel_device).view(np.float32).tolist() == [0, 0, 1, -1, 1, -1]
-    assert np.all(np.isnan(of_each("tanh_approx", np.full(2, np.nan, np.float32), kernel_device).view(np.float32)))
+@pytest.mark.parametrize(("name", "dtype"), [("f16", np.dtype(np.float16)), ("bf16", BF16)])
+def test_conversions(kernel_device, name, dtype):
+    """All 16-bit values both ways, and all that lies half way between two of them, and beside that."""
+    values = EVERY.view(dtype).astype(np.float32)
+    got = all_of(kernel_device, f"{name}_to_f32", EVERY, np.float32)
+    nan = np.isnan(values)
+    assert np.array_equal(np.isnan(got), nan)
+    assert np.array_equal(got[~nan].view(np.uint32), values[~nan].view(np.uint32))
+
+    finite = np.unique(values[np.isfinite(values)])
+    halfway = ((finite[:-1].astype(np.float64) + finite[1:]) / 2).astype(np.float32)
+    largest = finite[-1]
+    with np.errstate(over="ignore"):
+        beyond = np.float32([largest, np.nextafter(largest, np.inf), 65519.99, 65520, 3.4e38, np.inf, np.nan, 1e-45, 0])
+    inputs = np.concatenate([values, halfway, np.nextafter(halfway, np.float32(np.inf)),
+                             np.nextafter(halfway, np.float32(-np.inf)), beyond, -beyond])  # fmt: skip
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = inputs.astype(dtype).view(np.uint16)
+    got = all_of(kernel_device, f"f32_to_{name}", inputs, np.uint16)
+    nan = np.isnan(inputs)
+    assert np.isnan(got[nan].view(dtype).astype(np.float32)).all()
+    assert np.array_equal(got[~nan], expected[~nan])
 
 
-# Reductions
-
-REDUCTIONS = """
-extern "C" __global__ void f(const float* x, float* sums, float* maxima)
-{
-    sums[threadIdx.x] = warp_sum(x[threadIdx.x]);
-    maxima[threadIdx.x] = warp_max(x[threadIdx.x]);
-}
-"""
+@pytest.mark.parametrize(("name", "dtype"), [("f16", np.dtype(np.float16)), ("bf16", BF16)])
+def test_pairs(kernel_device, rng, name, dtype):
+    x = rng.normal(size=64).astype(np.float32)
+    body = f"y[threadIdx.x] = f32x2_to_{name}x2(x[2 * threadIdx.x], x[2 * threadIdx.x + 1]);"
+    _, got = run(kernel_device, body, "const float* x, unsigned* y", x, np.zeros(32, np.uint32))
+    assert np.array_equal(got.view(np.uint16), x.astype(dtype).view(np.uint16))
 
 
-def test_sum_and_maximum_of_a_warp(kernel_device, rng):
-    """Each lane gets them, and the sum is that of one order of pairs, to the last bit."""
-    x = rng.standard_normal((6, 32)).astype(np.float32)
-    x[1] = -np.abs(x[1]) * 1e20
-    x[2] = rng.permutation(np.arange(32)) - 100
-    x[3, ::2] = -np.inf
-    x[4] = -np.inf
-    x[5, 17] = np.inf
-    _, sums, maxima = run(REDUCTIONS, x, x * 0 + 7 if False else np.zeros_like(x), np.zeros_like(x), device=kernel_device, threads=192)
-    expected = x
-    for lanes in (16, 8, 4, 2, 1):
-        expected = expected + expected[:, np.arange(32) ^ lanes]
-    assert sums.tobytes() == expected.tobytes()
-    assert np.all(sums[2] == 31 * 16 - 3200)
-    assert np.array_equal(maxima, np.broadcast_to(x.max(1, keepdims=True), x.shape))
+def test_approximations(kernel_device):
+    x = np.concatenate([np.linspace(-125, 125, 2000), [-np.inf, -200, -127, 0]]).astype(np.float32)
+    got = all_of(kernel_device, "ex2_approx", x, np.float32)
+    assert got[-4:].tolist() == [0, 0, 0, 1]
+    assert np.allclose(got[:2000], np.exp2(x[:2000].astype(np.float64)), rtol=2e-6, atol=0)
+    x = np.linspace(-12, 12, 2000).astype(np.float32)
+    assert np.allclose(all_of(kernel_device, "tanh_approx", x, np.float32), np.tanh(x), rtol=2**-10, atol=0)
 
 
-# NVIDIA's compiler
+def test_over_a_warp(kernel_device, rng):
+    x = rng.integers(-99, 99, 64).astype(np.float32)
+    body = "y[threadIdx.x] = warp_sum(x[threadIdx.x]); y[64 + threadIdx.x] = warp_max(x[threadIdx.x]);"
+    _, got = run(kernel_device, body, "const float* x, float* y", x, np.zeros(128, np.float32), threads=64)
+    warps = x.reshape(2, 32)
+    assert got.tolist() == [*warps.sum(1).repeat(32), *warps.max(1).repeat(32)]
 
-EVERY = """
-extern "C" __global__ void f(const float* x, float* y, unsigned* z, int n)
-{
-    __shared__ __align__(16) float s[1024];
-    const int i = threadIdx.x;
-    const unsigned short h = (unsigned short)z[i];
-    y[i] = f16_to_f32(h) + bf16_to_f32(h) + ex2_approx(x[i]) * tanh_approx(x[i + 1]) + warp_sum(x[i]) * warp_max(x[i]);
-    z[i] = f32_to_f16(x[i]) ^ f32_to_bf16(x[i + 2]) ^ f32x2_to_f16x2(x[i], y[i]) ^ f32x2_to_bf16x2(x[i], y[i]);
-    cp_async<4>(s + i, x + i, n); cp_async<8>(s + 64 + 2 * i, x + 2 * i); cp_async_commit();
-    cp_async<16>(s + 256 + 4 * i, x + 4 * i, n); cp_async<16>(s + 512 + 4 * i, x + 4 * i); cp_async_commit();
-    cp_async_wait<1>();
-    cp_async_wait_all();
-    __syncthreads();
-    unsigned a[4], b[2], c[1], all = 0;
-    float d[4] = {x[0], x[1], x[2], x[3]};
-    ldmatrix_x1(c, s + 4 * i); all ^= c[0];
-    ldmatrix_trans_x1(c, s + 4 * i); all ^= c[0];
-    ldmatrix_x2(b, s + 4 * i); all ^= b[0] ^ b[1];
-    ldmatrix_trans_x4(a, s + 4 * i); all ^= a[0] ^ a[1] ^ a[2] ^ a[3];
-    ldmatrix_x4(a, s + 4 * i);
-    ldmatrix_trans_x2(b, s + 4 * i);
+
+EVERYTHING = """
+extern "C" __global__ void f(float* y, const unsigned* x) {
+    extern __shared__ __align__(16) unsigned char s[];
+    cp_async<16>(s, x, 3); cp_async<8>(s + 16, x, 8); cp_async<4>(s + 32, x); cp_async_commit();
+    cp_async_wait<1>(); cp_async_wait_all(); __syncthreads();
+    unsigned a[4], b[2], c[1]; float d[4] = {};
+    ldmatrix_x4(a, s); ldmatrix_x2(b, s); ldmatrix_x1(c, s);
     mma_m16n8k8_f16(d, b, c[0]);
+    ldmatrix_trans_x4(a, s); ldmatrix_trans_x2(b, s); ldmatrix_trans_x1(c, s);
 #if __CUDA_ARCH__ >= 800
-    mma_m16n8k16_f16(d, a, b);
-    mma_m16n8k16_bf16(d, a, b);
+    mma_m16n8k16_f16(d, a, b); mma_m16n8k16_bf16(d, a, b);
 #endif
-    for (int j = 0; j < 4; ++j) y[(i + 1) * 32 + j] = d[j] + all + a[j];
+    d[0] += f16_to_f32(c[0]) + bf16_to_f32(f32_to_bf16(d[1])) + f32_to_f16(d[2]) + f32x2_to_f16x2(d[0], d[1])
+        + f32x2_to_bf16x2(d[2], d[3]) + ex2_approx(d[3]) + tanh_approx(d[0]);
+    y[threadIdx.x] = warp_sum(d[0]) + warp_max(d[1]);
 }
 """
-
-
-def functions() -> set[str]:
-    """All that ptx.cuh has."""
-    names = set(re.findall(r"__forceinline__ \w+(?: \w+)* (\w+)\(", HEADER)) - {"name"}
-    matrices = re.findall(r"^LDMATRICES\((\w+), ", HEADER, re.MULTILINE)
-    return names | {f"{name}x{count}" for name in matrices for count in (1, 2, 4)}
-
-
-def test_the_kernel_has_every_function():
-    assert len(functions()) == 23
-    assert {name for name in functions() if not re.search(rf"\b{name}\b", EVERY)} == set()
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_function_is_its_instruction(arch):
-    """NVRTC compiles them, and the machine code has what they stand for."""
-    cubin, resources = compile_kernel(source(EVERY), arch)
-    assert (resources.stack, resources.spills) == (0, 0)
-    found = set(re.findall(r"\b(?:HMMA|LDSM|LDGSTS|MUFU)\.\S+|\bLDGDEPBAR\b", _disassemble(cubin)))
-    print(sorted(found))
+def test_every_instruction_compiles_for_each_architecture_that_has_it(arch):
+    assert compile_kernel(with_includes('#include "ptx.cuh"\n' + EVERYTHING, "f.cu"), arch)[1].spills == 0
