@@ -26,9 +26,11 @@ from .caches.batch import Batch, BatchBuffers
 from .caches.cache import LayeredPagedKVCache, PagedKVCache
 from .caches.manager import KVCacheManager, KVCacheStats
 from .caches.sequence import CachedSequence
+from .operations.attention import AttentionBuffers, attention_buffers, merge_attention_states, paged_attention
 from .operations.copies import copy_blocks, gather_cache, reshape_and_cache
 
 __all__ = [
+    "AttentionBuffers",
     "Batch",
     "BatchBuffers",
     "BlockAllocator",
@@ -40,7 +42,10 @@ __all__ = [
     "LayeredPagedKVCache",
     "OutOfBlocksError",
     "PagedKVCache",
+    "attention_buffers",
     "copy_blocks",
     "gather_cache",
+    "merge_attention_states",
+    "paged_attention",
     "reshape_and_cache",
 ]

@@ -100,7 +100,9 @@ def _device(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     monkeypatch.setattr(backend, "DEBUG", False)
     if name != "numpy":
         # Work that silently falls back to NumPy fails the test.
-        for operation in ("reshape_and_cache", "gather_cache", "copy_blocks"):
+        for operation in (
+            "reshape_and_cache", "gather_cache", "copy_blocks", "paged_attention", "merge_attention_states",
+        ):  # fmt: skip
             monkeypatch.setattr(NumpyBackend, operation, None)
     if name == "cupy":
         skip_without_gpu()

@@ -1,5 +1,6 @@
-"""What the operations must do, as plain loops over bytes, and the memory that they do it in."""
+"""What the operations must do, as plain loops over bytes or in float64, and the memory that they do it in."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -70,3 +71,56 @@ def gather(pool: np.ndarray, tables: Any, lens: Sequence[int], starts: Sequence[
     for row, (i, position) in enumerate(positions):
         rows[row] = pool[tables[i][position // pool.shape[1]], position % pool.shape[1]]
     return rows
+
+
+def attention(
+    query: np.ndarray,
+    k_cache: np.ndarray,
+    v_cache: np.ndarray,
+    block_tables: Any,
+    seq_lens: Sequence[int],
+    cu_seqlens_q: Sequence[int] | None = None,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(out, lse) of paged attention, float64: a loop over tokens, heads and positions. NaN in rows of no sequence."""
+    num_tokens, num_heads, dim = query.shape
+    block_size, group = k_cache.shape[1], num_heads // k_cache.shape[2]
+    scale = dim**-0.5 if softmax_scale is None else softmax_scale
+    left, right = window_size
+    ends = range(len(seq_lens) + 1) if cu_seqlens_q is None else cu_seqlens_q
+    out = np.full((num_tokens, num_heads, v_cache.shape[3]), math.nan)
+    lse = np.full((num_tokens, num_heads), math.nan)
+    for i, seq_len in enumerate(seq_lens):
+        for token in range(ends[i], ends[i + 1]):
+            t = int(seq_len) - int(ends[i + 1]) + token
+            seen = [
+                p
+                for p in range(int(seq_len))
+                if (not causal or p <= t) and (left < 0 or t - left <= p) and (right < 0 or p <= t + right)
+            ]
+            for head in range(num_heads):
+                scores = [] if sinks is None else [float(sinks[head])]
+                values = [] if sinks is None else [np.zeros(v_cache.shape[3])]
+                q = query[token, head].astype(np.float64)
+                for p in seen:
+                    place = int(block_tables[i][p // block_size]), p % block_size, head // group
+                    score = scale * float(q @ k_cache[place].astype(np.float64))
+                    if softcap:
+                        score = softcap * math.tanh(score / softcap)
+                    if alibi_slopes is not None:
+                        score -= float(alibi_slopes[head]) * abs(t - p)
+                    scores.append(score)
+                    values.append(v_cache[place].astype(np.float64))
+                if not scores:
+                    out[token, head], lse[token, head] = 0, -math.inf
+                    continue
+                weights = np.exp(np.array(scores) - max(scores))
+                out[token, head] = weights @ np.array(values) / weights.sum()
+                lse[token, head] = max(scores) + math.log(weights.sum())
+    return out, lse

@@ -12,7 +12,9 @@ from ..bookkeeping.dtypes import as_dtype
 from ..bookkeeping.table import BlockTable
 from ..devices.backend import backend_of, backend_on
 from ..devices.layout import pools_of
-from ..operations.copies import Array, IndexArray, copy_blocks, gather_cache, reshape_and_cache, scatter
+from ..operations.arguments import Array, IndexArray
+from ..operations.attention import AttentionBuffers, paged_attention
+from ..operations.copies import copy_blocks, gather_cache, reshape_and_cache, scatter
 
 __all__ = ["LayeredPagedKVCache", "PagedKVCache"]
 
@@ -145,6 +147,30 @@ class PagedKVCache:
     ) -> tuple[Array, Array]:
         """Copy sequences out, packed: :func:`~cupy_pagedkv.gather_cache` on these pools."""
         return gather_cache(self._k_cache, self._v_cache, block_tables, seq_lens, seq_starts=seq_starts, out=out)
+
+    def attend(
+        self,
+        query: Array,
+        block_tables: IndexArray,
+        seq_lens: IndexArray,
+        cu_seqlens_q: IndexArray | None = None,
+        *,
+        max_seqlen_q: int | None = None,
+        softmax_scale: float | None = None,
+        causal: bool = True,
+        window_size: tuple[int, int] = (-1, -1),
+        softcap: float = 0.0,
+        alibi_slopes: Any = None,
+        sinks: Any = None,
+        return_lse: bool = False,
+        out: Array | AttentionBuffers | None = None,
+    ) -> Any:
+        """Attention of new tokens over these pools: :func:`~cupy_pagedkv.paged_attention`."""
+        return paged_attention(
+            query, self._k_cache, self._v_cache, block_tables, seq_lens, cu_seqlens_q, max_seqlen_q=max_seqlen_q,
+            softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
+            alibi_slopes=alibi_slopes, sinks=sinks, return_lse=return_lse, out=out,
+        )  # fmt: skip
 
     def copy_blocks(self, src: IndexArray, dst: IndexArray) -> None:
         """Copy whole blocks onto others: :func:`~cupy_pagedkv.copy_blocks` on these pools."""

@@ -12,10 +12,16 @@ import numpy as np
 
 from ..bookkeeping.dtypes import as_dtype
 
-__all__ = ["Form", "Items", "Layout", "Pools", "layout_of", "pools_of"]
+__all__ = [
+    "UNBOUNDED", "AttentionLayout", "Form", "Items", "Layout", "Pools", "Scoring", "attention_layout_of",
+    "check_arithmetic", "layout_of", "pools_of",
+]  # fmt: skip
 
 _Ints = tuple[int, ...]
 _REMEMBERED = 4096
+
+UNBOUNDED = 2**40
+"""Of a window's two sides: further than any position."""
 
 
 class Form(NamedTuple):
@@ -60,6 +66,28 @@ class Layout(Pools):
     v_items: Items | None
 
 
+@dataclass(frozen=True, eq=False)
+class AttentionLayout(Pools):
+    """Queries over the pools of one layer, all of one dtype."""
+
+    query: Form
+    result: Form
+    """Contiguous."""
+    num_tokens: int
+    group: int
+    """Query heads that share a KV head."""
+
+
+class Scoring(NamedTuple):
+    """What becomes of the product of a query and a key, and which keys a query sees: as in ``paged_attention``."""
+
+    softmax_scale: float
+    softcap: float
+    left: int
+    right: int
+    """0 where it is causal. Both are ``UNBOUNDED`` at most."""
+
+
 def layout_of(names: tuple[str, str], key: Any, value: Any, k_cache: Any, v_cache: Any) -> Layout:
     """The layout of a call on arrays; ``names`` are those of the tokens of K and V.
 
@@ -75,6 +103,57 @@ def layout_of(names: tuple[str, str], key: Any, value: Any, k_cache: Any, v_cach
 def pools_of(k_cache: Any, v_cache: Any) -> Pools:
     """The pools of a call on arrays. Raises ``ValueError`` or ``TypeError`` unless they belong together."""
     return _pools_of(k_cache.shape, k_cache.strides, k_cache.dtype, v_cache.shape, v_cache.strides, v_cache.dtype)
+
+
+def attention_layout_of(query: Any, k_cache: Any, v_cache: Any) -> AttentionLayout:
+    """The layout of attention on arrays. Raises ``ValueError`` for shapes that do not agree and ``TypeError`` for
+    dtypes that do not, or that cannot be computed with."""
+    return _attention_layout_of(
+        query.shape, query.strides, query.dtype,
+        k_cache.shape, k_cache.strides, k_cache.dtype, v_cache.shape, v_cache.strides, v_cache.dtype,
+    )  # fmt: skip
+
+
+def check_arithmetic(name: str, dtype: np.dtype[Any]) -> None:
+    """Raises ``TypeError`` unless ``dtype`` can be computed with."""
+    if dtype.name not in ("float16", "bfloat16", "float32") or not dtype.isnative:
+        raise TypeError(f"{name} must be float16, bfloat16 or float32, got {dtype}")
+
+
+@functools.lru_cache(_REMEMBERED)
+def _attention_layout_of(
+    query_shape: _Ints,
+    query_strides: _Ints,
+    query_dtype: np.dtype[Any],
+    k_shape: _Ints,
+    k_strides: _Ints,
+    k_dtype: np.dtype[Any],
+    v_shape: _Ints,
+    v_strides: _Ints,
+    v_dtype: np.dtype[Any],
+) -> AttentionLayout:
+    pools = _pools_of(k_shape, k_strides, k_dtype, v_shape, v_strides, v_dtype)
+    if len(k_shape) != 4:
+        raise ValueError(f"k_cache must be the pool of one layer, with 4 axes, got {k_shape}; take one layer of it")
+    heads, dim = k_shape[2:]
+    if len(query_shape) != 3 or query_shape[2] != dim or query_shape[1] == 0 or query_shape[1] % heads:
+        raise ValueError(
+            f"query must be [num_tokens, num_heads, {dim}], num_heads a multiple of {heads}, as k_cache is {k_shape}, "
+            f"got {query_shape}"
+        )
+    check_arithmetic("query", query_dtype)
+    for name, dtype in (("k_cache", k_dtype), ("v_cache", v_dtype)):
+        if dtype != query_dtype:
+            raise TypeError(f"{name} must have the dtype of query, {query_dtype}, got {dtype}")
+    shape = (*query_shape[:2], v_shape[3])
+    strides = (shape[1] * shape[2] * v_dtype.itemsize, shape[2] * v_dtype.itemsize, v_dtype.itemsize)
+    return AttentionLayout(
+        **vars(pools),
+        query=Form(query_shape, query_strides, query_dtype),
+        result=Form(shape, strides, v_dtype),
+        num_tokens=query_shape[0],
+        group=query_shape[1] // heads,
+    )
 
 
 @functools.lru_cache(_REMEMBERED)

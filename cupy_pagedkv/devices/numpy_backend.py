@@ -14,8 +14,8 @@ import numpy as np
 
 from ..bookkeeping.memory import lazy_zeros
 from ..bookkeeping.ranges import ranges
-from . import threads
-from .layout import Items, Layout, Pools
+from . import numpy_attention, threads
+from .layout import AttentionLayout, Items, Layout, Pools, Scoring
 from .threads import Job
 
 __all__ = ["HostArrays", "HostStaging", "NumpyBackend"]
@@ -256,3 +256,46 @@ class NumpyBackend(HostArrays):
         for cache in (k_cache, v_cache):
             blocks = cache.view(f"V{cache.itemsize}")  # or NumPy loses what lies between the fields of structures
             blocks[..., dst, :, :, :] = blocks[..., src, :, :, :]
+
+    def paged_attention(
+        self,
+        query: _Array,
+        k_cache: _Array,
+        v_cache: _Array,
+        block_tables: _Array,
+        seq_lens: _Array,
+        cu_seqlens_q: _Array | None,
+        max_seqlen_q: int,
+        alibi_slopes: _Array | None,
+        sinks: _Array | None,
+        out: _Array,
+        lse: _Array | None,
+        scratch: _Array | None,
+        scoring: Scoring,
+        layout: AttentionLayout,
+    ) -> None:
+        numpy_attention.paged_attention(
+            query,
+            k_cache,
+            v_cache,
+            block_tables,
+            seq_lens,
+            cu_seqlens_q,
+            alibi_slopes,
+            sinks,
+            out,
+            lse,
+            scoring,
+            layout,
+        )
+
+    def attention_scratch(
+        self, layout: AttentionLayout, num_seqs: int, max_blocks: int, max_seqlen_q: int | None, pool: _Array
+    ) -> int:
+        """Floats that attention needs between two launches: here there are none."""
+        return 0
+
+    def merge_attention_states(
+        self, out_a: _Array, lse_a: _Array, out_b: _Array, lse_b: _Array, out: _Array, lse: _Array
+    ) -> None:
+        numpy_attention.merge_attention_states(out_a, lse_a, out_b, lse_b, out, lse)

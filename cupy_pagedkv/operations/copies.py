@@ -11,27 +11,17 @@
 Here is every check that does not depend on the device; a backend may rely on them.
 """
 
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..bookkeeping.ranges import ranges
 from ..devices import backend as devices
-from ..devices.backend import Backend, backend_of
+from ..devices.backend import backend_of
 from ..devices.layout import layout_of, pools_of
+from .arguments import Array, IndexArray, all_below, asnumpy, check_blocks, check_writeable, indices, on_device
 
 __all__ = ["copy_blocks", "gather_cache", "reshape_and_cache", "scatter"]
-
-Array: TypeAlias = Any
-"""A NumPy or CuPy array."""
-
-IndexArray: TypeAlias = Any
-"""A list, a NumPy array, or an array where the pools are; int32 or int64."""
-
-_INDEX_DTYPES = frozenset((np.dtype(np.int32), np.dtype(np.int64)))
-
-_WIDE = 2**16  # entries of block tables, to look at which takes as long as to find out which are needed
 
 # Names that errors give to arguments.
 _OUT = ("out[0]", "out[1]")
@@ -69,16 +59,16 @@ def scatter(
     """:func:`reshape_and_cache`, whose errors call ``key`` and ``value`` by ``names``."""
     backend = backend_of((*names, *_POOLS), key, value, k_cache, v_cache)
     layout = layout_of(names, key, value, k_cache, v_cache)
-    _check_writeable(_POOLS, k_cache, v_cache)
-    slots = _indices("slot_mapping", slot_mapping, 1, backend, k_cache)
+    check_writeable(_POOLS, k_cache, v_cache)
+    slots = indices("slot_mapping", slot_mapping, 1, backend, k_cache)
     num_tokens = layout.num_tokens
     if slots.shape[0] != num_tokens:
         raise ValueError(f"slot_mapping must have one entry for each of {num_tokens} tokens, got {len(slots)}")
     if num_tokens == 0:
         return
     if backend.checks_indices or devices.DEBUG:
-        _check_slots(_asnumpy(slots, backend), layout.num_blocks * layout.block_size)
-    backend.reshape_and_cache(key, value, k_cache, v_cache, _on_device(slots, backend, k_cache), layout)
+        _check_slots(asnumpy(slots, backend), layout.num_blocks * layout.block_size)
+    backend.reshape_and_cache(key, value, k_cache, v_cache, on_device(slots, backend, k_cache), layout)
 
 
 def gather_cache(
@@ -122,10 +112,10 @@ def gather_cache(
             raise TypeError(f"out must be a tuple (key, value), got {type(out).__name__} {out!r:.40}")
         backend = backend_of(_GATHERED, *out, k_cache, v_cache)
         pools = layout = layout_of(_OUT, *out, k_cache, v_cache)
-        _check_writeable(_OUT, *out)
-    tables = _indices("block_tables", block_tables, 2, backend, k_cache)
-    lens = _indices("seq_lens", seq_lens, 1, backend, k_cache)
-    starts = None if seq_starts is None else _indices("seq_starts", seq_starts, 1, backend, k_cache)
+        check_writeable(_OUT, *out)
+    tables = indices("block_tables", block_tables, 2, backend, k_cache)
+    lens = indices("seq_lens", seq_lens, 1, backend, k_cache)
+    starts = None if seq_starts is None else indices("seq_starts", seq_starts, 1, backend, k_cache)
     num_seqs = lens.shape[0]
     if tables.shape[0] != num_seqs or (starts is not None and starts.shape[0] != num_seqs):
         name, got = ("block_tables", tables) if starts is None or len(tables) != num_seqs else ("seq_starts", starts)
@@ -139,13 +129,13 @@ def gather_cache(
             "to keep them on the GPU, give out=(key, value)"
         )
     if on_host or devices.DEBUG:
-        host_lens = _asnumpy(lens, backend)
-        host_starts = None if starts is None else _asnumpy(starts, backend)
+        host_lens = asnumpy(lens, backend)
+        host_starts = None if starts is None else asnumpy(starts, backend)
         total = _check_lengths(host_lens, host_starts, tables.shape[1] * pools.block_size)
         if out is not None and total > num_rows:
             raise ValueError(f"out has {num_rows} rows, but the sequences have {total} tokens to copy")
         if backend.checks_indices or devices.DEBUG:
-            _check_blocks(_asnumpy(tables, backend), host_lens, host_starts, pools.num_blocks, pools.block_size)
+            check_blocks(asnumpy(tables, backend), host_lens, host_starts, pools.num_blocks, pools.block_size)
         num_rows = total
 
     if out is None:
@@ -156,8 +146,8 @@ def gather_cache(
         out = key, value
         layout = layout_of(_OUT, *out, k_cache, v_cache)
     if num_rows and num_seqs:
-        tables, lens = _on_device(tables, backend, k_cache), _on_device(lens, backend, k_cache)
-        starts = None if starts is None else _on_device(starts, backend, k_cache)
+        tables, lens = on_device(tables, backend, k_cache), on_device(lens, backend, k_cache)
+        starts = None if starts is None else on_device(starts, backend, k_cache)
         backend.gather_cache(*out, k_cache, v_cache, tables, lens, starts, num_rows, layout)
     return out
 
@@ -185,63 +175,16 @@ def copy_blocks(k_cache: Array, v_cache: Array, src: IndexArray, dst: IndexArray
     """
     backend = backend_of(_POOLS, k_cache, v_cache)
     pools = pools_of(k_cache, v_cache)
-    _check_writeable(_POOLS, k_cache, v_cache)
-    sources, targets = _indices("src", src, 1, backend, k_cache), _indices("dst", dst, 1, backend, k_cache)
+    check_writeable(_POOLS, k_cache, v_cache)
+    sources, targets = indices("src", src, 1, backend, k_cache), indices("dst", dst, 1, backend, k_cache)
     if len(sources) != len(targets):
         raise ValueError(f"src and dst must have one block for each other, got {len(sources)} and {len(targets)}")
     if not len(sources):
         return
     if backend.checks_indices or devices.DEBUG:
-        _check_pairs(_asnumpy(sources, backend), _asnumpy(targets, backend), pools.num_blocks)
-    sources, targets = _on_device(sources, backend, k_cache), _on_device(targets, backend, k_cache)
+        _check_pairs(asnumpy(sources, backend), asnumpy(targets, backend), pools.num_blocks)
+    sources, targets = on_device(sources, backend, k_cache), on_device(targets, backend, k_cache)
     backend.copy_blocks(k_cache, v_cache, sources, targets, pools)
-
-
-def _indices(name: str, values: IndexArray, ndim: int, backend: Backend, pool: Array) -> Array:
-    """``values`` as an array of int32 or int64: as it is where the pools are, else a NumPy array."""
-    array: Any
-    if isinstance(values, np.ndarray):
-        array = np.asarray(values)  # of a masked array all it holds: where a slot is hidden, a token would go astray
-    elif isinstance(values, backend.ndarray):
-        array = values
-        if not backend.same_device(array, pool):
-            raise ValueError(f"{name} must be where the pools are, on {pool.device}, got one on {array.device}")
-    else:
-        try:
-            array = np.asarray(values)
-        except (TypeError, ValueError) as error:
-            raise type(error)(
-                f"{name} must be a list (rows of one length), a NumPy array or an array where the pools are: {error}"
-            ) from None
-        if array.size == 0:  # an empty list came out as float64 [0]
-            array = array.astype(np.int64).reshape(array.shape if array.ndim == ndim else (0,) * ndim)
-    if array.dtype not in _INDEX_DTYPES:
-        raise TypeError(f"{name} must be int32 or int64, got {array.dtype}")
-    if array.ndim != ndim:
-        raise ValueError(f"{name} must have {ndim} {'axis' if ndim == 1 else 'axes'}, got shape {array.shape}")
-    return array
-
-
-def _asnumpy(array: Array, backend: Backend) -> np.ndarray:
-    return array if isinstance(array, np.ndarray) else backend.asnumpy(array)
-
-
-def _on_device(array: Array, backend: Backend, pool: Array) -> Array:
-    return array if isinstance(array, backend.ndarray) else backend.from_numpy(array, pool.device)
-
-
-def _check_writeable(names: tuple[str, str], a: Array, b: Array) -> None:
-    if isinstance(a, np.ndarray) and not (a.flags.writeable and b.flags.writeable):
-        raise ValueError(f"{names[a.flags.writeable]} must be writeable, got a read-only array")
-
-
-def _all_below(end: int, indices: npt.NDArray[Any]) -> bool:
-    """Whether all are in 0 … ``end`` − 1."""
-    if indices.size == 0:
-        return True
-    # Negative numbers become the greatest, and argmax() takes less time than max() where there are few.
-    unsigned = indices.view(np.uint64 if indices.itemsize == 8 else np.uint32)
-    return bool(unsigned.item(unsigned.argmax()) < min(end, 2 ** (8 * indices.itemsize - 1)))
 
 
 def _check_slots(slots: npt.NDArray[Any], num_slots: int) -> None:
@@ -258,7 +201,7 @@ def _check_slots(slots: npt.NDArray[Any], num_slots: int) -> None:
 
 def _check_lengths(lens: npt.NDArray[Any], starts: npt.NDArray[Any] | None, capacity: int) -> int:
     """The number of tokens to copy, if every sequence fits its row of the table."""
-    if starts is None and _all_below(capacity + 1, lens):
+    if starts is None and all_below(capacity + 1, lens):
         return sum(lens.tolist())
     starts = np.zeros_like(lens) if starts is None else starts
     wrong = (starts < 0) | (lens < starts) | (lens > capacity)
@@ -271,35 +214,9 @@ def _check_lengths(lens: npt.NDArray[Any], starts: npt.NDArray[Any] | None, capa
     return int((lens - starts).sum(dtype=np.int64))
 
 
-def _check_blocks(
-    tables: npt.NDArray[Any],
-    lens: npt.NDArray[Any],
-    starts: npt.NDArray[Any] | None,
-    num_blocks: int,
-    block_size: int,
-) -> None:
-    if tables.size < _WIDE and _all_below(num_blocks, tables):
-        return
-    # Only what a sequence needs has to be a block of the pool. Where one is long, most of a table is padding.
-    first = np.zeros_like(lens) if starts is None else starts // block_size
-    counts = -(-lens // block_size) - first
-    if starts is not None:
-        counts[starts >= lens] = 0
-    columns = ranges(first, counts)
-    needed = tables[np.repeat(np.arange(len(lens)), counts), columns]
-    if not _all_below(num_blocks, needed):
-        wrong = int(np.argmax((needed < 0) | (needed >= num_blocks)))
-        i, column = int(np.searchsorted(np.cumsum(counts), wrong, "right")), columns[wrong]
-        start = 0 if starts is None else starts[i]
-        raise IndexError(
-            f"block_tables[{i}, {column}] is {needed[wrong]}, but the pool has blocks 0 to {num_blocks - 1}; "
-            f"sequence {i} needs it for positions {start} to {lens[i] - 1}"
-        )
-
-
 def _check_pairs(src: npt.NDArray[Any], dst: npt.NDArray[Any], num_blocks: int) -> None:
     for name, blocks in (("src", src), ("dst", dst)):
-        if not _all_below(num_blocks, blocks):
+        if not all_below(num_blocks, blocks):
             i = int(np.argmax((blocks < 0) | (blocks >= num_blocks)))
             raise IndexError(f"{name}[{i}] is {blocks[i]}, but the pool has blocks 0 to {num_blocks - 1}")
     if devices.DEBUG:
