@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 
 from ..emulator import RawKernel
+from ..emulator.architectures import ARCHITECTURES
+from ..emulator.settings import settings
 from .cuda_backend import CudaBackend
 from .numpy_backend import HostArrays
 from .sources import source_of
@@ -29,6 +31,10 @@ class EmulatedBackend(HostArrays, CudaBackend):
 
     def _count_processors(self, device: str) -> int:
         return 4  # so that small launches use thread blocks of each size
+
+    def _architecture(self, device: str) -> tuple[int, int]:
+        arch = settings().arch
+        return arch, ARCHITECTURES[arch].shared_memory_of_block
 
     def _device(self, array: np.ndarray) -> str:
         return "cpu"

@@ -74,7 +74,7 @@ def paged_attention(
         the last of sequence ``i``. By default each sequence has one. Rows of ``query`` behind the last are padding:
         theirs in ``out`` stay as they are, or are zeros (and −inf in ``lse``) where these are new.
     max_seqlen_q
-        No sequence has more new tokens. The work on a GPU is cut by it; results do not depend on it.
+        No sequence has more new tokens. Helps to choose how a GPU is used; results do not depend on it.
     softmax_scale
         By default ``head_dim ** -0.5``.
     causal, window_size
@@ -113,7 +113,7 @@ def paged_attention(
     tables = indices("block_tables", block_tables, 2, backend, k_cache)
     lens = indices("seq_lens", seq_lens, 1, backend, k_cache)
     ends = None if cu_seqlens_q is None else indices("cu_seqlens_q", cu_seqlens_q, 1, backend, k_cache)
-    max_seqlen_q = _check_counts(layout, tables, lens, ends, max_seqlen_q)
+    _check_counts(layout, tables, lens, ends, max_seqlen_q)
     _check_values(backend, layout, scoring, tables, lens, ends, max_seqlen_q)
     alibi_slopes = _of_heads("alibi_slopes", alibi_slopes, layout, backend, k_cache)
     sinks = _of_heads("sinks", sinks, layout, backend, k_cache)
@@ -217,25 +217,20 @@ def _scoring(
 
 def _check_counts(
     layout: AttentionLayout, tables: Array, lens: Array, ends: Array | None, max_seqlen_q: int | None
-) -> int:
-    """That there is an entry for each sequence. Returns the most new tokens that a sequence can have."""
+) -> None:
+    """That there is an entry for each sequence."""
     num_seqs, num_tokens = lens.shape[0], layout.num_tokens
     if tables.shape[0] != num_seqs:
         raise ValueError(f"block_tables must have one entry for each of {num_seqs} seq_lens, got {tables.shape[0]}")
-    if ends is None:
-        if num_tokens != num_seqs:
-            raise ValueError(
-                f"query must have one token for each of {num_seqs} seq_lens, got {num_tokens}; "
-                "say by cu_seqlens_q whose tokens they are"
-            )
-        return 1
-    if ends.shape[0] != num_seqs + 1:
+    if ends is None and num_tokens != num_seqs:
+        raise ValueError(
+            f"query must have one token for each of {num_seqs} seq_lens, got {num_tokens}; "
+            "say by cu_seqlens_q whose tokens they are"
+        )
+    if ends is not None and ends.shape[0] != num_seqs + 1:
         raise ValueError(f"cu_seqlens_q must have one entry more than seq_lens, {num_seqs + 1}, got {ends.shape[0]}")
-    if max_seqlen_q is None:
-        return num_tokens
-    if operator.index(max_seqlen_q) < 0:
+    if max_seqlen_q is not None and operator.index(max_seqlen_q) < 0:
         raise ValueError(f"max_seqlen_q must be at least 0, got {max_seqlen_q}")
-    return min(operator.index(max_seqlen_q), num_tokens)
 
 
 def _check_values(
@@ -245,7 +240,7 @@ def _check_values(
     tables: Array,
     lens: Array,
     ends: Array | None,
-    max_seqlen_q: int,
+    max_seqlen_q: int | None,
 ) -> None:
     """What the host knows of the lengths, or, where indices are to be checked, everything."""
     check = backend.checks_indices or devices.DEBUG
@@ -272,14 +267,14 @@ def _check_values(
         check_blocks(asnumpy(tables, backend), seen, np.minimum(starts, seen), layout.num_blocks, layout.block_size)
 
 
-def _check_ends(ends: npt.NDArray[np.int64], num_tokens: int, max_seqlen_q: int) -> None:
+def _check_ends(ends: npt.NDArray[np.int64], num_tokens: int, max_seqlen_q: int | None) -> None:
     counts = np.diff(ends)
     if ends[0] != 0 or (counts < 0).any() or ends[-1] > num_tokens:
         raise ValueError(
             f"cu_seqlens_q must begin with 0, ascend, and end at {num_tokens} at most, the tokens of query, "
             f"got {np.array2string(ends, threshold=12)}"
         )
-    if len(counts) and counts.max() > max_seqlen_q:
+    if max_seqlen_q is not None and len(counts) and counts.max() > max_seqlen_q:
         raise ValueError(
             f"no sequence may have more new tokens than max_seqlen_q, {max_seqlen_q}, "
             f"but sequence {counts.argmax()} has {counts.max()}"
