@@ -6,7 +6,7 @@
 
 #include "ptx.cuh"
 
-constexpr float INF = __builtin_huge_valf();
+#define INF __int_as_float(0x7f800000)
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
 // Elements of the arrays: their bits, and what they are.

@@ -49,6 +49,7 @@ struct Row {
     Interval sees;
     int position;
     float slope;  // ALiBi's, in units of log 2
+    int token, head;  // of the query; token -1 where there is no row
 };
 
 struct Scoring {
@@ -69,7 +70,8 @@ struct Places {
 constexpr long long NOWHERE = -1;
 
 // Chunks of 16 bytes in shared memory, in rows of CHUNKS. A row's chunks are permuted so that neither 8 chunks one after
-// the other, as copies write them, nor a chunk of 8 rows, as ldmatrix reads them, share a bank. CHUNKS is even.
+// the other, as copies write them, nor a chunk of 8 rows, as ldmatrix reads them, share a bank. CHUNKS is even. The order
+// repeats every 8 rows.
 template <int CHUNKS> __device__ __forceinline__ int swizzled(int row, int chunk)
 {
     constexpr int COMMON = CHUNKS % 8 == 0 ? 8 : CHUNKS % 4 == 0 ? 4 : 2;
@@ -91,6 +93,7 @@ struct Shared {
     Chunk v[V_IS_K ? 1 : STAGES][V_IS_K ? 1 : TILE * V_CHUNKS];
     Places places[2];
     Row rows[ROWS];
+    Sum united[WARPS][ROWS];  // of the splits so far; each warp has its own, for want of registers
     float of_warps[WARPS][ROWS];
 
     __device__ __forceinline__ const Chunk* values(int stage) const { return V_IS_K ? k[stage] : v[stage]; }
@@ -106,7 +109,7 @@ struct FragmentA {
     unsigned x[4];
     template <int CHUNKS> __device__ __forceinline__ void load(const Chunk* rows, int row, int chunk)
     {
-        ldmatrix_x4(x, &rows[swizzled<CHUNKS>(row + lane() % 16, chunk + lane() / 16)]);
+        ldmatrix_x4(x, &rows[CHUNKS * row + swizzled<CHUNKS>(lane() % 16, chunk + lane() / 16)]);
     }
 };
 struct FragmentB {
@@ -164,14 +167,14 @@ __device__ __forceinline__ void products(
             for (int n = 0; n < SCORE_TILES; ++n) multiply(s[r][n], a, b[n]);
         }
     };
-    const int position = warp() * (8 * SCORE_TILES) + lane() % 8;
-#pragma unroll 4
+    const Chunk* keys = &shared.k[stage][warp() * (8 * SCORE_TILES) * K_CHUNKS];
+#pragma unroll 2
     for (int chunk = 0; chunk + 4 <= K_CHUNKS; chunk += 4) {
         FragmentB low[SCORE_TILES], high[SCORE_TILES];
 #pragma unroll
         for (int n = 0; n < SCORE_TILES; ++n) {
             unsigned four[4];
-            ldmatrix_x4(four, &shared.k[stage][swizzled<K_CHUNKS>(position + 8 * n, chunk + lane() / 8)]);
+            ldmatrix_x4(four, &keys[8 * n * K_CHUNKS + swizzled<K_CHUNKS>(lane() % 8, chunk + lane() / 8)]);
             low[n] = {four[0], four[1]};
             high[n] = {four[2], four[3]};
         }
@@ -182,7 +185,7 @@ __device__ __forceinline__ void products(
         FragmentB last[SCORE_TILES];
 #pragma unroll
         for (int n = 0; n < SCORE_TILES; ++n)
-            ldmatrix_x2(last[n].x, &shared.k[stage][swizzled<K_CHUNKS>(position + 8 * n, K_CHUNKS - 2 + lane() / 8 % 2)]);
+            ldmatrix_x2(last[n].x, &keys[8 * n * K_CHUNKS + swizzled<K_CHUNKS>(lane() % 8, K_CHUNKS - 2 + lane() / 8 % 2)]);
         step(K_CHUNKS - 2, last);
     }
 }
@@ -211,46 +214,42 @@ template <bool SIFTED>
 __device__ __forceinline__ void add_values(Accumulator (&o)[ROW_TILES][VALUE_TILES], const Shared& shared, int stage)
 {
 #pragma unroll
-    for (int p = 0; p < TILE; p += 32) {
-        FragmentA a[2][ROW_TILES];
+    for (int p = 0; p < TILE; p += 16) {
+        FragmentA a[ROW_TILES];
 #pragma unroll
-        for (int r = 0; r < ROW_TILES; ++r) {
-            a[0][r].load<WEIGHT_CHUNKS>(shared.weights, 16 * r, p / 8);
-            a[1][r].load<WEIGHT_CHUNKS>(shared.weights, 16 * r, p / 8 + 2);
-        }
+        for (int r = 0; r < ROW_TILES; ++r) a[r].load<WEIGHT_CHUNKS>(shared.weights, 16 * r, p / 8);
 #pragma unroll
         for (int n = 0; n < VALUE_TILES; ++n) {
             const int chunk = warp() * VALUE_TILES + n;
             if (chunk >= V_DIM / 8) break;
-            unsigned four[4];
-            ldmatrix_trans_x4(four, &shared.values(stage)[swizzled<V_CHUNKS>(p + lane(), chunk)]);
+            FragmentB b;
+            ldmatrix_trans_x2(b.x, &shared.values(stage)[p * V_CHUNKS + swizzled<V_CHUNKS>(lane() % 16, chunk)]);
             if constexpr (SIFTED)
-                for (unsigned& pair : four) pair = only_finite(pair);
+                for (unsigned& pair : b.x) pair = only_finite(pair);
 #pragma unroll
-            for (int r = 0; r < ROW_TILES; ++r) {
-                multiply(o[r][n], a[0][r], {{four[0], four[1]}});
-                multiply(o[r][n], a[1][r], {{four[2], four[3]}});
-            }
+            for (int r = 0; r < ROW_TILES; ++r) multiply(o[r][n], a[r], b);
         }
     }
 }
 
 // What `add_values<true>` left out, for those rows that see it.
-__device__ __noinline__ void add_others(Accumulator (&o)[ROW_TILES][VALUE_TILES], const Shared& shared, int stage, int first)
+__device__ __forceinline__ void add_others(Accumulator (&o)[ROW_TILES][VALUE_TILES], const Shared& shared, int stage, int first)
 {
     for (int p = 0; p < TILE; ++p)
+#pragma unroll
         for (int n = 0; n < VALUE_TILES; ++n)
-            for (int i = 0; i < 2; ++i) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
                 const int column = 8 * (warp() * VALUE_TILES + n) + Accumulator::column(i);
                 if (column >= V_DIM) continue;
                 const Bits v = shared.values(stage)[swizzled<V_CHUNKS>(p, column / 8)].x[column % 8];
                 if (is_finite(v)) continue;
-                for (int r = 0; r < ROW_TILES; ++r)
-                    for (int half = 0; half < 4; half += 2) {
-                        const int row = 16 * r + Accumulator::row(half);
-                        const Bits weight = shared.weights[swizzled<WEIGHT_CHUNKS>(row, p / 8)].x[p % 8];
-                        if (shared.rows[row].sees.has(first + p)) o[r][n].x[half + i] += ELEMENT::get(weight) * ELEMENT::get(v);
-                    }
+#pragma unroll
+                for (int r = 0; r < ROW_TILES; ++r) {
+                    const int row = 16 * r + Accumulator::row(i);
+                    const Bits weight = shared.weights[swizzled<WEIGHT_CHUNKS>(row, p / 8)].x[p % 8];
+                    if (shared.rows[row].sees.has(first + p)) o[r][n].x[i] += ELEMENT::get(weight) * ELEMENT::get(v);
+                }
             }
 }
 
@@ -274,6 +273,7 @@ struct Shared {
     float weights[ROWS][TILE + 4];
     Places places[2];
     Row rows[ROWS];
+    Sum united[WARPS][ROWS];  // of the splits so far; each warp has its own, for want of registers
     float of_warps[WARPS][ROWS];
 
     __device__ __forceinline__ void put_query(int row, int d, Bits x) { query[row][d] = ELEMENT::get(x); }
@@ -441,7 +441,7 @@ __device__ __forceinline__ void add_shares(Sums& sums, Shared& shared)
     __syncthreads();
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) paged_attention(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_attention(
     const char* query, long long query_token, long long query_head, long long query_dim,
     const char* k_cache, long long k_block, long long k_slot, long long k_head,
     const char* v_cache, long long v_block, long long v_slot, long long v_head, long long num_blocks,
@@ -471,19 +471,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention(
     if (first_row >= num_rows) return;
     const Mask mask = sequences.mask(seq);
 
-    const auto token_of = [&](int row) { return first_token + (first_row + row) / GROUP; };
-    const auto head_of = [&](int row) { return kv_head * GROUP + (first_row + row) % GROUP; };
-    const auto exists = [&](int row) { return first_row + row < num_rows; };
     for (int row = threadIdx.x; row < ROWS; row += THREADS) {
         const long long token = (first_row + row) / GROUP;
-        const bool sloped = alibi_slopes && exists(row);
-        shared.rows[row] = {exists(row) ? mask.of_token(token) : Interval{0, 0}, (int)(mask.first_position + token),
-                            sloped ? LOG2_E * *(const float*)(alibi_slopes + head_of(row) * slope_stride) : 0.f};
+        const bool exists = first_row + row < num_rows;
+        const int head = (int)(kv_head * GROUP + (first_row + row) % GROUP);
+        shared.rows[row] = {exists ? mask.of_token(token) : Interval{0, 0}, (int)(mask.first_position + token),
+                            alibi_slopes ? LOG2_E * *(const float*)(alibi_slopes + head * slope_stride) : 0.f,
+                            exists ? (int)(first_token + token) : -1, head};
+        for (int w = 0; w < WARPS; ++w) shared.united[w][row] = Sum();
     }
     for (int i = threadIdx.x; i < ROWS * HEAD_DIM; i += THREADS) {
         const int row = i / HEAD_DIM, d = i % HEAD_DIM;
-        const char* q = query + token_of(row) * query_token + head_of(row) * query_head + d * query_dim;
-        shared.put_query(row, d, exists(row) ? *(const Bits*)q : Bits(0));
+        const long long token = first_token + (first_row + row) / GROUP, head = kv_head * GROUP + (first_row + row) % GROUP;
+        const char* q = query + token * query_token + head * query_head + d * query_dim;
+        shared.put_query(row, d, first_row + row < num_rows ? *(const Bits*)q : Bits(0));
     }
     // What any of the rows sees, and what all of them see.
     const Interval of_first = mask.of_token(first_row / GROUP);
@@ -523,7 +524,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention(
 
     const Scoring scoring{inner, outer, alibi_slopes != nullptr};
     Accumulator o[ROW_TILES][VALUE_TILES], united_o[ROW_TILES][VALUE_TILES];
-    Sums sums, united;
+    Sums sums;
     for (int i = 0; tile < end; ++i, tile = next(tile), ahead = next(ahead)) {
         const int stage = i % STAGES, first = tile * TILE;
         const Places &here = shared.places[i % 2], &next_places = shared.places[(i + AHEAD) % 2];
@@ -558,11 +559,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention(
         for (int r = 0; r < ROW_TILES; ++r)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int row = Sums::row(r, half);
-                Sum &sum = sums.of[r][half], &so_far = united.of[r][half];
-                const long long place = (slot * num_tokens + token_of(row)) * num_heads + head_of(row);
+                const Row& row = shared.rows[Sums::row(r, half)];
+                Sum& sum = sums.of[r][half];
+                Sum& so_far = shared.united[warp()][Sums::row(r, half)];
                 const United both = unite(so_far, sum);
-                float* of_row = scratch + place * (V_DIM + 2);
+                float* of_row = scratch + ((slot * num_tokens + row.token) * num_heads + row.head) * (V_DIM + 2);
 #pragma unroll
                 for (int n = 0; n < VALUE_TILES; ++n)
 #pragma unroll
@@ -571,30 +572,32 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention(
                         float& x = o[r][n].x[2 * half + j];
                         if (!scratch)
                             united_o[r][n].x[2 * half + j] = both.values(united_o[r][n].x[2 * half + j], x);
-                        else if (exists(row) && column < V_DIM)
+                        else if (row.token >= 0 && column < V_DIM)
                             of_row[2 + column] = x;
                         x = 0;
                     }
-                if (scratch && exists(row) && part == 0 && warp() == 0 && lane() % 4 == 0) {
+                if (scratch && row.token >= 0 && part == 0 && warp() == 0 && lane() % 4 == 0) {
                     of_row[0] = sum.most;
                     of_row[1] = sum.total;
                 }
-                so_far = both.sum;
+                __syncwarp();
+                if (lane() % 4 == 0) so_far = both.sum;
                 sum = Sum();
             }
     }
     cp_async_wait_all();
     if (scratch) return;
+    __syncthreads();
 
 #pragma unroll
     for (int r = 0; r < ROW_TILES; ++r)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int row = Sums::row(r, half);
-            if (!exists(row)) continue;
-            const Sum sum = united.of[r][half];
-            const End ends = sinks ? end_of(sum, *(const float*)(sinks + head_of(row) * sink_stride)) : end_of(sum);
-            char* of_row = out + token_of(row) * out_token + head_of(row) * out_head;
+            const Row& row = shared.rows[Sums::row(r, half)];
+            if (row.token < 0) continue;
+            const Sum sum = shared.united[warp()][Sums::row(r, half)];
+            const End ends = sinks ? end_of(sum, *(const float*)(sinks + row.head * sink_stride)) : end_of(sum);
+            char* of_row = out + row.token * out_token + row.head * out_head;
 #pragma unroll
             for (int n = 0; n < VALUE_TILES; ++n)
 #pragma unroll
@@ -604,6 +607,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention(
                         *(Bits*)(of_row + column * out_dim) = ELEMENT::round(ends.value(united_o[r][n].x[2 * half + j]));
                 }
             if (lse && part == 0 && warp() == 0 && lane() % 4 == 0)
-                *(float*)(lse + token_of(row) * lse_token + head_of(row) * lse_head) = ends.lse;
+                *(float*)(lse + row.token * lse_token + row.head * lse_head) = ends.lse;
         }
 }

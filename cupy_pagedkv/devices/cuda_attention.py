@@ -14,7 +14,7 @@ __all__ = ["ELEMENTS", "THREADS", "Shape", "Spread", "shape_of", "spread_of"]
 THREADS = 128  # of a block
 ELEMENTS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # of attention.cuh
 _SPLIT = 256  # positions: sequences.cuh's
-_MOST_STAGES = 3
+_MOST_STAGES = 2
 _MOST_COLUMNS = 512  # of V, that a block has: two accumulators of 64 registers a thread, with 16 rows
 _MOST_FLOATS = 8192  # rows times columns of V: with more, the accumulators would not fit the registers
 _MOST_SCRATCH = 2**26  # floats
@@ -43,7 +43,7 @@ def shape_of(
     rows = min(64, 2 ** int(math.log2(_MOST_FLOATS // min(v_dim, _MOST_COLUMNS)))) if many_rows else 16
 
     def shared_bytes(rows: int, stages: int) -> int:  # struct Shared of the kernel
-        common = 32 * tile + 16 * rows + 16 * rows
+        common = 32 * tile + (24 + 32 + 16) * rows
         if tensor:
             return 2 * rows * (dim + tile) + stages * 2 * tile * (dim + of_v) + 16 * v_is_k + common
         return 4 * rows * (dim + 4 + tile + 4) + common
