@@ -565,17 +565,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_attention(
                 const United both = unite(so_far, sum);
                 float* of_row = scratch + ((slot * num_tokens + row.token) * num_heads + row.head) * (V_DIM + 2);
 #pragma unroll
-                for (int n = 0; n < VALUE_TILES; ++n)
-#pragma unroll
-                    for (int j = 0; j < 2; ++j) {
-                        const int column = part + 8 * (warp() * VALUE_TILES + n) + Accumulator::column(j);
-                        float& x = o[r][n].x[2 * half + j];
-                        if (!scratch)
-                            united_o[r][n].x[2 * half + j] = both.values(united_o[r][n].x[2 * half + j], x);
-                        else if (row.token >= 0 && column < V_DIM)
-                            of_row[2 + column] = x;
-                        x = 0;
+                for (int n = 0; n < VALUE_TILES; ++n) {
+                    const int column = part + 8 * (warp() * VALUE_TILES + n) + Accumulator::column(0);
+                    float &low = o[r][n].x[2 * half], &high = o[r][n].x[2 * half + 1];
+                    if (!scratch) {
+                        united_o[r][n].x[2 * half] = both.values(united_o[r][n].x[2 * half], low);
+                        united_o[r][n].x[2 * half + 1] = both.values(united_o[r][n].x[2 * half + 1], high);
+                    } else if (row.token >= 0 && column + 1 < V_DIM && V_DIM % 2 == 0) {
+                        *(float2*)(of_row + 2 + column) = make_float2(low, high);
+                    } else if (row.token >= 0) {
+                        if (column < V_DIM) of_row[2 + column] = low;
+                        if (column + 1 < V_DIM) of_row[2 + column + 1] = high;
                     }
+                    low = high = 0;
+                }
                 if (scratch && row.token >= 0 && part == 0 && warp() == 0 && lane() % 4 == 0) {
                     of_row[0] = sum.most;
                     of_row[1] = sum.total;

@@ -1,4 +1,4 @@
-"""How attention is launched: which kernel, how many rows together, and over how many thread blocks sequences are spread.
+"""How attention is launched: which kernel, how many rows together, and how sequences are spread over thread blocks.
 
 None of this decides what is added to what: a result has the same bits whatever is chosen here.
 """
@@ -56,8 +56,8 @@ def shape_of(
         rows //= 2
     if shared_bytes(rows, 1) > room:
         raise ValueError(
-            f"attention with head_dim {dim} needs {shared_bytes(rows, 1)} bytes of shared memory, but a thread block of "
-            f"this GPU has {room}"
+            f"attention with head_dim {dim} needs {shared_bytes(rows, 1)} bytes of shared memory, but a thread block "
+            f"has at most {room} here"
         )
     stages = max(n for n in range(1, _MOST_STAGES + 1) if n == 1 or (tensor and shared_bytes(rows, n) <= room))
     columns = v_dim if tensor else min(v_dim, _MOST_COLUMNS)
