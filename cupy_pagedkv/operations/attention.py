@@ -119,24 +119,25 @@ def paged_attention(
     sinks = _of_heads("sinks", sinks, layout, backend, k_cache)
     scratch = None
     if isinstance(out, AttentionBuffers):
-        out, lse, scratch = out
-        _check_float32("lse", lse, layout.result.shape[:2], backend, out)
-        _check_float32("scratch", scratch, None, backend, out)
+        result, lse, scratch = out
+        _check_float32("lse", lse, layout.result.shape[:2], backend, result)
+        _check_float32("scratch", scratch, None, backend, result)
     else:
+        result = out
         lse = _new_lse(backend, layout, query, padded=ends is not None) if return_lse else None
-    if out is None:
+    if result is None:
         make = backend.empty if ends is None else backend.zeros
-        out = make(layout.result.shape, query.dtype, query.device)
+        result = make(layout.result.shape, query.dtype, query.device)
     else:
-        _check_out("out", out, layout.result.shape, query)
+        _check_out("out", result, layout.result.shape, query)
     if layout.num_tokens and len(lens):
         tables, lens = on_device(tables, backend, k_cache), on_device(lens, backend, k_cache)
         ends = None if ends is None else on_device(ends, backend, k_cache)
         backend.paged_attention(
-            query, k_cache, v_cache, tables, lens, ends, max_seqlen_q, alibi_slopes, sinks, out, lse, scratch, scoring,
-            layout,
+            query, k_cache, v_cache, tables, lens, ends, max_seqlen_q, alibi_slopes, sinks, result, lse, scratch,
+            scoring, layout,
         )  # fmt: skip
-    return (out, lse) if return_lse else out
+    return (result, lse) if return_lse else result
 
 
 def attention_buffers(
@@ -157,7 +158,7 @@ def attention_buffers(
     backend = backend_of(_INPUTS, query, k_cache, v_cache)
     layout = attention_layout_of(query, k_cache, v_cache)
     tables = indices("block_tables", block_tables, 2, backend, k_cache)
-    floats = backend.attention_scratch(layout, *tables.shape, max_seqlen_q, k_cache)
+    floats = backend.attention_scratch(layout, len(tables), tables.shape[1], max_seqlen_q, k_cache)
     return AttentionBuffers(
         backend.zeros(layout.result.shape, query.dtype, query.device),
         _new_lse(backend, layout, query, padded=True),
