@@ -268,6 +268,19 @@ void __tsan_write_range(void* address, std::size_t size)
 {
     emulated_touch(address, size, WRITE, __builtin_return_address(0));
 }
+// Of Clang from 15 on.
+void* __tsan_memcpy(void* to, const void* from, std::size_t size)
+{
+    return emulated_memmove(to, from, size, __builtin_return_address(0));
+}
+void* __tsan_memmove(void* to, const void* from, std::size_t size)
+{
+    return emulated_memmove(to, from, size, __builtin_return_address(0));
+}
+void* __tsan_memset(void* to, int value, std::size_t size)
+{
+    return emulated_memset(to, value, size, __builtin_return_address(0));
+}
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}

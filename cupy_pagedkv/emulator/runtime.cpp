@@ -638,6 +638,21 @@ void emulated_touch(const volatile void* address, std::size_t size, int touch, c
     if (w->profile) w->profile->touch((std::uintptr_t)address, size, touch, place);
 }
 
+// The compiler instruments loads and stores, not what happens inside the C library.
+void* emulated_memmove(void* to, const void* from, std::size_t size, const void* place)
+{
+    if (!place) place = __builtin_return_address(0);
+    emulated_touch(from, size, READ, place);
+    emulated_touch(to, size, WRITE, place);
+    return std::memmove(to, from, size);
+}
+
+void* emulated_memset(void* to, int value, std::size_t size, const void* place)
+{
+    emulated_touch(to, size, WRITE, place ? place : __builtin_return_address(0));
+    return std::memset(to, value, size);
+}
+
 // The bytes of an asynchronous copy arrive when they are waited for, not before.
 void emulated_cp_async(void* shared, const void* global, unsigned size, unsigned from_source)
 {
