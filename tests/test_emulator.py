@@ -2,6 +2,7 @@
 
 # ruff: noqa: E501 (kernels of one line)
 
+import math
 import os
 import re
 import shutil
@@ -462,6 +463,7 @@ def test_an_error_among_blocks_side_by_side():
     [
         ("tex1Dfetch(x, 1);", r"does not know tex1Dfetch. If that is CUDA's, its place is .*cuda\.hpp"),
         ("__half h;", r"does not know __half"),
+        ("f<<<1, 1>>>(x);", "No kernel is launched by a kernel here: no dynamic parallelism"),
         ('asm("bar.sync 0;");', r"Inline PTX does not run on a host. kernels/ptx.cuh .*ptx\.hpp"),
     ],
 )
@@ -485,12 +487,16 @@ def test_two_kernels_with_shared_memory_of_one_name_have_their_own():
         assert x.all()
 
 
-@pytest.mark.parametrize("cxx", ["g++", "clang++"])
-def test_each_compiler_sees_copies_of_structs(cxx, monkeypatch):
+@pytest.fixture(params=["g++", "clang++"])
+def cxx(request, monkeypatch):
+    """As the compiler of the emulated device."""
+    if not shutil.which(request.param):
+        pytest.skip(f"there is no {request.param}")
+    monkeypatch.setenv("CXX", request.param)
+
+
+def test_each_compiler_sees_copies_of_structs(cxx):
     """Clang calls memcpy for them, behind the back of what it instruments."""
-    if not shutil.which(cxx):
-        pytest.skip(f"there is no {cxx}")
-    monkeypatch.setenv("CXX", cxx)
     code = """struct Row { float x[8]; };
     extern "C" __global__ void f(float4* a, float4* b, Row* c, Row* d) { int i = threadIdx.x;
         {} }"""
@@ -512,3 +518,44 @@ def test_each_compiler_sees_copies_of_structs(cxx, monkeypatch):
     ]:
         with pytest.raises(KernelError, match=f"f.cu:3: .*{message}"), emulate(check=True):
             RawKernel(code.replace("{}", wrong), "f")((1,), (64,), arrays)
+
+
+def test_parameters_that_are_structs(cxx):
+    """They are the thread's own, however they come there."""
+    code = """struct Large { int4 a; double b[10]; };
+    extern "C" __global__ void f(int4 a, Large b, const Large c, double* x) {
+        *x = a.z + b.a.w + b.b[8] + c.b[8];
+    }"""
+    large = np.zeros(1, np.dtype([("a", np.int32, 4), ("b", np.float64, 10)]))
+    large["a"], large["b"] = 3, 5
+    a, x = np.array([1, 2, 3, 4], np.int32).view("V16")[0], np.zeros(1)
+    with emulate(check=True), profile() as launches:
+        RawKernel(code, "f")((1,), (1,), (a, large[0], large[0], x))
+    assert x[0] == 3 + 3 + 5 + 5
+    assert launches[0].read.requests == 0
+
+
+def test_the_inverse_of_erfc():
+    y = np.array([1e-300, 1e-10, 0.3, 1, 1.7, 2 - 1e-10, 0, 2, -1, 3])
+    x = np.zeros_like(y)
+    kernel("x[threadIdx.x] = erfcinv(y[threadIdx.x]);", "double* x, const double* y")((1,), (10,), (x, y))
+    assert [math.erfc(value) for value in x[:6]] == pytest.approx(y[:6], rel=1e-12)
+    assert x[6:8].tolist() == [math.inf, -math.inf]
+    assert np.isnan(x[8:]).all()
+
+
+def test_functions_of_the_c_library_have_overloads_as_on_the_device():
+    x = np.array([-0.75, 2.0], np.float32)
+    body = "x[0] = abs(x[0]) + (sizeof(exp(x[1])) == 4) + (sizeof(exp(2.)) == 8) + (sizeof(abs(-1ll)) == 8);"
+    kernel(body, "float* x")((1,), (1,), (x,))
+    assert x[0] == 3.75
+
+
+@pytest.mark.parametrize(
+    "cstdint", ["typedef long long int64_t; typedef unsigned long long uint64_t;", "#include <cstdint>\n", ""]
+)
+def test_a_kernel_may_define_what_nvrtc_does_not(cstdint, cxx):
+    x = np.zeros(2, np.uint64)
+    code = 'extern "C" __global__ void f(uint64_t* x) { x[0] = sizeof(int64_t); atomicAdd(x + 1, 5); }'
+    RawKernel(cstdint + code, "f")((1,), (1,), (x,))
+    assert x.tolist() == [8, 5]

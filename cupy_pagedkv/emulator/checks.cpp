@@ -117,6 +117,7 @@ Checks::Space Checks::space_of(std::uintptr_t address, std::size_t size, int tou
     if (last_array < arrays.size() && inside(arrays[last_array])) return GLOBAL;
     for (std::size_t i = 0; i < arrays.size(); ++i)
         if (inside(arrays[i])) return last_array = i, GLOBAL;
+    if (w.in_arguments(address, size)) return OWN;  // structs that came by value
     for (const auto* index : {&threadIdx, &blockIdx, &blockDim, &gridDim})
         if (address >= (std::uintptr_t)index && address + size <= (std::uintptr_t)(index + 1)) return OWN;
     for (const Region& segment : segments)

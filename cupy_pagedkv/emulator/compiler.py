@@ -76,7 +76,7 @@ def _build(name: str, ingredients: list[str], steps: list[list[str]], source: st
             )
             if run.returncode:
                 raise CompileError(
-                    f"{command[0]} could not compile the kernel {name}:\n{run.stderr}{_advice(run.stderr)}"
+                    f"{command[0]} could not compile the kernel {name}:\n{run.stderr}{_advice(run.stderr, source)}"
                 )
         built.replace(library)
     return library
@@ -130,7 +130,7 @@ _UNKNOWN = (
 )
 
 
-def _advice(errors: str) -> str:
+def _advice(errors: str, source: str | None) -> str:
     """What to do about CUDA that the emulated device does not have."""
     if header := re.search(r"fatal error: ['\"]?([\w/.]+)['\"]?(: No such file| file not found)", errors):
         return (
@@ -144,7 +144,7 @@ def _advice(errors: str) -> str:
         )
     unknown = sorted({name for pattern in _UNKNOWN for name in re.findall(pattern, errors)})
     if not unknown:
-        return ""
+        return "\nNo kernel is launched by a kernel here: no dynamic parallelism." if "<<<" in (source or "") else ""
     return (
         f"\nThe emulated device does not know {', '.join(unknown)}. If that is CUDA's, its place is "
         f"{_FOLDER / 'cuda.hpp'}."

@@ -6,12 +6,16 @@
 // line of the kernel that calls, which the default argument sees.
 
 #pragma once
+// NVRTC has no <cstdint>, so that kernels define these themselves, as `long long`; the host's are `long`, under other names.
+#define int64_t emulated_host_int64_t
+#define uint64_t emulated_host_uint64_t
 #include "runtime.hpp"
 #include <cassert>
 #include <climits>
-#include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <math.h>    // not <cmath>: abs(-0.5f) would be that of int, exp(0.5f) that of double
+#include <stdlib.h>
 #include <type_traits>
 #include <utility>
 
@@ -132,6 +136,20 @@ inline float __sinf(float a) { return sinf(a); }
 inline float __cosf(float a) { return cosf(a); }
 inline float __saturatef(float a) { return a > 0 ? a < 1 ? a : 1.f : 0.f; }
 inline float normcdff(float x) { return 0.5f * erfcf(-x * 0.70710678f); }
+inline double erfcinv(double y)
+{
+    if (y > 1) return -erfcinv(2 - y);
+    if (!(y > 0)) return y == 0 ? HUGE_VAL : NAN;
+    const double t = sqrt(-2 * log(y / 2));  // a guess (Abramowitz and Stegun 26.2.22), and Halley's steps from there
+    double x = (t - (2.30753 + 0.27061 * t) / (1 + t * (0.99229 + 0.04481 * t))) * 0.70710678118654752;
+    for (int step = 0; step < 3; ++step) {
+        const double newton = (erfc(x) - y) / (-1.1283791670955126 * exp(-x * x));
+        x -= newton / (1 + x * newton);
+    }
+    return x;
+}
+inline float erfcinv(float y) { return (float)erfcinv((double)y); }
+inline float erfcinvf(float y) { return (float)erfcinv((double)y); }
 inline double normcdf(double x) { return 0.5 * erfc(-x * 0.70710678118654752); }
 
 template <class To, class From> To emulated_bits(From from)
@@ -388,6 +406,15 @@ inline char* emulated_no_dynamic() { return nullptr; }
     }                                                                                                        \
     inline char* emulated_dynamic() { return emulated_dynamic_shared; }
 #define EMULATED_DYNAMIC_NAME(name) asm(".globl " #name "\n.type " #name ", @tls_object\n.set " #name ", emulated_dynamic_shared");
+
+#undef int64_t
+#undef uint64_t
+typedef long long int64_t;
+typedef unsigned long long uint64_t;
+namespace std {
+using ::int64_t;
+using ::uint64_t;
+}
 
 // From here on the kernel's own text.
 #define memcpy emulated_memmove

@@ -270,6 +270,15 @@ bool Worker::in_shared(std::uintptr_t address, std::size_t size) const
     return !dynamic || address + size <= past || address >= (std::uintptr_t)dynamic + DYNAMIC_SHARED;
 }
 
+bool Worker::in_arguments(std::uintptr_t address, std::size_t size) const
+{
+    for (std::size_t i = 0; i < launch.kernel->count; ++i) {
+        const std::uintptr_t begin = (std::uintptr_t)launch.arguments[i];
+        if (address >= begin && address + size <= begin + launch.kernel->sizes[i]) return true;
+    }
+    return false;
+}
+
 void Worker::become(unsigned thread)
 {
     current = thread;
