@@ -33,7 +33,10 @@ def launch(kernel: str, good: str, bad: str) -> None:
             if kernel == "reshape_and_cache":
                 cache.update(*np.zeros((2, 5, 2, 4), np.float16), np.array([39, 3, -1, 4, 32]))
             elif kernel == "gather_cache":
-                cache.gather(np.array([[0], [1], [2], [3], [9]], np.int32), np.array([8, 3, 8, 5, 8], np.int32))
+                # Of a megabyte, so that no other array of the launch lies where a fault reads past the end.
+                lengths = np.zeros(1 << 18, np.int32)[-5:]
+                lengths[:] = 8, 3, 8, 5, 8
+                cache.gather(np.array([[0], [1], [2], [3], [9]], np.int32), lengths)
             else:
                 cache.copy_blocks(np.arange(5), np.arange(5, 10))
     finally:

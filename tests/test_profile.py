@@ -155,10 +155,10 @@ def test_occupancy_as_nvidias_calculator_has_it(arch, threads, registers, shared
 
 def test_littles_law():
     h200 = ARCHITECTURES[90]
-    assert h200.bytes_in_flight == pytest.approx(4.8e12 * 479 / 1.755e9 / 132)  # 9.9 KB
+    assert h200.bytes_in_flight == pytest.approx(4.8e12 * 375e-9 / 132)  # 13.6 KB
     launch = measured("((float4*)y)[i] = ((const float4*)x)[i];", threads=128)
     has, asked = launch.in_flight(90)
     assert (has, asked) == (16 * 128 * 16, h200.bytes_in_flight)
-    assert "16 blocks a multiprocessor (limited by threads), 100% of its threads; 32.0 KB in flight, 9.7 KB" in (
+    assert "16 blocks a multiprocessor (limited by threads), 100% of its threads; 32.0 KB in flight, 13.3 KB" in (
         launch.device_report(90)
     )

@@ -117,6 +117,7 @@ Checks::Space Checks::space_of(std::uintptr_t address, std::size_t size, int tou
     if (last_array < arrays.size() && inside(arrays[last_array])) return GLOBAL;
     for (std::size_t i = 0; i < arrays.size(); ++i)
         if (inside(arrays[i])) return last_array = i, GLOBAL;
+    if (w.in_arguments(address, size)) return OWN;  // structs that came by value
     for (const auto* index : {&threadIdx, &blockIdx, &blockDim, &gridDim})
         if (address >= (std::uintptr_t)index && address + size <= (std::uintptr_t)(index + 1)) return OWN;
     for (const Region& segment : segments)
@@ -267,6 +268,19 @@ void __tsan_read_range(void* address, std::size_t size)
 void __tsan_write_range(void* address, std::size_t size)
 {
     emulated_touch(address, size, WRITE, __builtin_return_address(0));
+}
+// Of Clang from 15 on.
+void* __tsan_memcpy(void* to, const void* from, std::size_t size)
+{
+    return emulated_memmove(to, from, size, __builtin_return_address(0));
+}
+void* __tsan_memmove(void* to, const void* from, std::size_t size)
+{
+    return emulated_memmove(to, from, size, __builtin_return_address(0));
+}
+void* __tsan_memset(void* to, int value, std::size_t size)
+{
+    return emulated_memset(to, value, size, __builtin_return_address(0));
 }
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}

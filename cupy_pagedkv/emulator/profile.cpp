@@ -29,6 +29,7 @@ long Profile::array_of(std::uintptr_t address) const
         if (address >= regions[i].begin && address < regions[i].end) return (long)i;
     for (const auto* index : {&threadIdx, &blockIdx, &blockDim, &gridDim})
         if (address >= (std::uintptr_t)index && address < (std::uintptr_t)(index + 1)) return NOT_COUNTED;
+    if (w.in_arguments(address, 1)) return NOT_COUNTED;
     return w.thread().stack.holds(address, 1) ? NOT_COUNTED : DEVICE_VARIABLE;
 }
 

@@ -202,8 +202,8 @@ _launches: ContextVar[list[LaunchProfile] | None] = ContextVar("launches", defau
 def profile() -> Iterator[list[LaunchProfile]]:
     """Measure the launches of this thread; the list it gives grows by one at each.
 
-    The counts are those of what the host compiler made of the kernel at -O1: NVIDIA's may merge two narrow accesses,
-    or drop one whose value it has. Launches take 50 to 200 times as long.
+    The counts are those of what the host compiler made of the kernel, GCC at -O1, Clang at -O0: NVIDIA's may merge two
+    narrow accesses, or drop one whose value it has. Launches take 50 to 200 times as long.
     """
     launches: list[LaunchProfile] = []
     token = _launches.set(launches)

@@ -270,6 +270,15 @@ bool Worker::in_shared(std::uintptr_t address, std::size_t size) const
     return !dynamic || address + size <= past || address >= (std::uintptr_t)dynamic + DYNAMIC_SHARED;
 }
 
+bool Worker::in_arguments(std::uintptr_t address, std::size_t size) const
+{
+    for (std::size_t i = 0; i < launch.kernel->count; ++i) {
+        const std::uintptr_t begin = (std::uintptr_t)launch.arguments[i];
+        if (address >= begin && address + size <= begin + launch.kernel->sizes[i]) return true;
+    }
+    return false;
+}
+
 void Worker::become(unsigned thread)
 {
     current = thread;
@@ -636,6 +645,21 @@ void emulated_touch(const volatile void* address, std::size_t size, int touch, c
     if (!w || !(w->checks || w->profile)) return;
     if (w->checks) w->checks->touch((std::uintptr_t)address, size, touch, place);
     if (w->profile) w->profile->touch((std::uintptr_t)address, size, touch, place);
+}
+
+// The compiler instruments loads and stores, not what happens inside the C library.
+void* emulated_memmove(void* to, const void* from, std::size_t size, const void* place)
+{
+    if (!place) place = __builtin_return_address(0);
+    emulated_touch(from, size, READ, place);
+    emulated_touch(to, size, WRITE, place);
+    return std::memmove(to, from, size);
+}
+
+void* emulated_memset(void* to, int value, std::size_t size, const void* place)
+{
+    emulated_touch(to, size, WRITE, place ? place : __builtin_return_address(0));
+    return std::memset(to, value, size);
 }
 
 // The bytes of an asynchronous copy arrive when they are waited for, not before.

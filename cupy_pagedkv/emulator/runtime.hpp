@@ -58,6 +58,8 @@ unsigned emulated_activemask();
 unsigned emulated_lane();
 void emulated_fence();
 void emulated_touch(const volatile void* address, std::size_t size, int touch, const void* place);
+void* emulated_memmove(void* to, const void* from, std::size_t size, const void* place = nullptr);
+void* emulated_memset(void* to, int value, std::size_t size, const void* place = nullptr);
 void emulated_cp_async(void* shared, const void* global, unsigned size, unsigned from_source);
 void emulated_cp_async_commit();
 void emulated_cp_async_wait(unsigned groups_left);

@@ -103,6 +103,7 @@ struct Worker {
     Thread& thread() { return threads[current]; }
     Warp& warp() { return warps[current / 32]; }
     bool in_shared(std::uintptr_t address, std::size_t size) const;
+    bool in_arguments(std::uintptr_t address, std::size_t size) const;
 
     void become(unsigned thread);
     void set_ready(unsigned thread) { ready[rank[thread] / 64] |= 1ull << rank[thread] % 64; }
