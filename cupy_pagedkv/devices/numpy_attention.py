@@ -1,15 +1,120 @@
-"""Attention by NumPy."""
+"""Attention by NumPy: tiles of positions that stay in the cache, folded one after the other, by BLAS and ufuncs.
 
+A call is cut into parts: rows that attend together, of one sequence or of a few short ones. A part walks through its
+positions a tile at a time: K and V are gathered and become float32, and an online softmax folds them into the state of
+each row. A row is a token and one of the query heads that share a KV head. Rows lie along the last axis of all that is
+computed, so that what is done to one is done to many at once:
+
+    queries      [sequences, KV heads, pieces, head_dim, rows of a piece]
+    K and V      [sequences, positions, KV heads, head_dim]
+    scores       [sequences, positions, KV heads, rows]
+    most, total  [sequences, KV heads, rows]
+    sums         [sequences, v_head_dim, KV heads, rows]
+
+Products are cut into pieces that BLAS computes in the thread that asks for them. Its own threads wait for each other
+spinning, and where others use the cores they take 30 times as long; :mod:`threads` shares the parts instead.
+"""
+
+import functools
 import math
-from typing import Any, TypeAlias
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from . import threads
 from .layout import AttentionLayout, Scoring
 
 __all__ = ["merge_attention_states", "paged_attention"]
 
 _Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+_PART_ROWS = 512  # of all KV heads and sequences
+_PIECE_ROWS = 32
+_PIECE_PRODUCTS = 2**18  # that OpenBLAS computes in one thread
+_TILE_KEYS = 2**18  # floats
+_TILE_SCORES = 2**16  # floats
+_MOST_WASTE = 1.25  # positions that a sequence of several walks through, of those that it sees
+_ENOUGH_JOBS = 16  # for all threads, though some be held up
+_PRODUCTS_PER_BYTE = 6  # that take as long as to read one
+
+_LOWEST = np.float32(np.finfo(np.float32).min)  # where a maximum begins; what is masked is -inf
+
+
+class _Call(NamedTuple):
+    """What the parts of a call share."""
+
+    query: _Array
+    k_cache: _Array
+    v_cache: _Array
+    alibi_slopes: _Array | None
+    sinks: _Array | None
+    out: _Array
+    lse: _Array | None
+    scoring: Scoring
+    layout: AttentionLayout
+    v_in_k: bool
+    """Whether V is the beginning of K."""
+
+
+class _Part(NamedTuple):
+    """Rows that attend together, and what they see."""
+
+    tokens: _Array
+    """``[sequences, tokens]``, of the query."""
+    positions: _Array
+    """``[sequences, tokens]``: where these stand."""
+    seq_lens: _Array
+    heads: slice
+    """KV heads."""
+    tables: _Array
+    """``[sequences, blocks]``, from the one that holds ``start``."""
+    start: int
+    end: int
+
+
+class _State(NamedTuple):
+    """Of each row: the greatest score, the sum of exponentials of what scores are less, and that of these times V."""
+
+    most: _Array
+    total: _Array
+    sums: _Array
+
+
+class _Buffers(threading.local):
+    """What a thread computes in: made once, by name, and as large as it was ever needed, which the tiles limit."""
+
+    def __init__(self) -> None:
+        self.memory: dict[str, _Array] = {}
+
+    def take(self, name: str, shape: tuple[int, ...]) -> _Array:
+        size = math.prod(shape)
+        if name not in self.memory or len(self.memory[name]) < size:
+            self.memory[name] = np.empty(size, np.float32)
+        return self.memory[name][:size].reshape(shape)
+
+
+_buffers = _Buffers()
+
+
+class _Fold:
+    """The states of the stretches that a part is split into. Who brings the last one writes the result."""
+
+    def __init__(self, call: _Call, part: _Part, num_stretches: int) -> None:
+        self.call, self.part = call, part
+        self.states: list[Any] = [None] * num_stretches
+        self.missing = num_stretches
+        self.lock = threading.Lock()
+
+    def attend(self, i: int, first: int, last: int) -> None:
+        with np.errstate(all="ignore"):  # inf and NaN that are seen are results
+            self.states[i] = _attend(self.call, self.part, first, last)
+            with self.lock:
+                self.missing -= 1
+                if self.missing:
+                    return
+            _write(self.call, self.part, functools.reduce(_merged, self.states))
 
 
 def paged_attention(
@@ -26,40 +131,18 @@ def paged_attention(
     scoring: Scoring,
     layout: AttentionLayout,
 ) -> None:
-    group, block_size = layout.group, layout.block_size
-    num_heads = query.shape[1]
-    for i, seq_len in enumerate(seq_lens.tolist()):
-        first, last = (i, i + 1) if cu_seqlens_q is None else (int(cu_seqlens_q[i]), int(cu_seqlens_q[i + 1]))
-        if first == last:
-            continue
-        t = seq_len - (last - first) + np.arange(last - first)[:, None]
-        start = max(0, int(t[0, 0]) - scoring.left)
-        end = max(start, min(seq_len, seq_len + scoring.right))
-        p = np.arange(start, end)
-        blocks, offsets = block_tables[i, p // block_size], p % block_size
-        q = query[first:last].astype(np.float32).swapaxes(0, 1)
-        k = np.repeat(k_cache[blocks, offsets].astype(np.float32).transpose(1, 2, 0), group, 0)
-        v = np.repeat(v_cache[blocks, offsets].astype(np.float32).swapaxes(0, 1), group, 0)
-        scores = q @ k * np.float32(scoring.softmax_scale)
-        if scoring.softcap:
-            scores = np.tanh(scores / np.float32(scoring.softcap)) * np.float32(scoring.softcap)
-        if alibi_slopes is not None:
-            scores -= alibi_slopes[:, None, None] * np.abs(t - p).astype(np.float32)
-        seen = (p < seq_len) & (t - scoring.left <= p) & (p <= t + scoring.right)
-        scores = np.where(seen, scores, -np.inf)
-        most = np.maximum(scores.max(2, initial=-np.inf), -np.inf if sinks is None else sinks[:, None])
-        shift = np.where(most == -np.inf, 0, most)
-        weights = np.exp(scores - shift[..., None])
-        sums = weights.sum(2) + (0 if sinks is None else np.exp(sinks[:, None] - shift))
-        for token in range(last - first):
-            w, visible = weights[:, token, seen[token]], seen[token]
-            row = np.einsum("hp,hpd->hd", w, v[:, visible])
-            total = sums[:, token, None]
-            out[first + token] = np.divide(row, total, out=np.zeros_like(row), where=total > 0)
-        if lse is not None:
-            with np.errstate(divide="ignore"):
-                lse[first:last] = (shift + np.log(sums)).T
-    assert num_heads % group == 0
+    v_in_k = (
+        k_cache.__array_interface__["data"] == v_cache.__array_interface__["data"]
+        and k_cache.strides == v_cache.strides
+        and k_cache.shape[3] >= v_cache.shape[3]
+    )
+    call = _Call(query, k_cache, v_cache, alibi_slopes, sinks, out, lse, scoring, layout, v_in_k)
+    parts = list(_parts(call, block_tables, seq_lens, cu_seqlens_q))
+    if not parts:
+        return
+    work = sum(_work(call, part) for part in parts)
+    stretches = -(-min(_ENOUGH_JOBS, work // threads.job_bytes(work)) // len(parts))
+    threads.run([job for part in parts for job in _jobs(call, part, max(1, stretches))], work)
 
 
 def merge_attention_states(
@@ -73,3 +156,253 @@ def merge_attention_states(
         lse[...] = shift + np.log(total)
     total[total == 0] = 1
     out[...] = out_a.astype(np.float32) * (a / total)[..., None] + out_b.astype(np.float32) * (b / total)[..., None]
+
+
+# How a call is cut.
+
+
+def _parts(call: _Call, block_tables: _Array, seq_lens: _Array, cu_seqlens_q: _Array | None) -> Iterator[_Part]:
+    left, right = call.scoring.left, call.scoring.right
+    group, block_size, num_heads = call.layout.group, call.layout.block_size, call.k_cache.shape[2]
+    ends = np.arange(len(seq_lens) + 1) if cu_seqlens_q is None else cu_seqlens_q.astype(np.int64)
+    all_lens, counts = seq_lens.astype(np.int64), np.diff(ends)
+    for alike in _alike(call, all_lens, counts):
+        lens, n = all_lens[alike], int(counts[alike[0]])
+        token_step = _even_step(n, _PART_ROWS // group)
+        head_step = _even_step(num_heads, _PART_ROWS // (token_step * group))
+        for j in range(0, n, token_step):
+            new = np.arange(j, min(n, j + token_step))
+            tokens, positions = ends[alike][:, None] + new, (lens - n)[:, None] + new
+            starts = np.maximum(0, positions[:, 0] - left)
+            stops = np.minimum(lens, positions[:, -1] + (right + 1))
+            start, stop = int(starts.min()), int(stops.max())
+            if stop <= start:
+                start = stop = 0
+            columns = np.arange(start // block_size, -(-stop // block_size))
+            tables = block_tables[alike][:, columns]
+            if len(alike) > 1:  # what a shorter sequence does not see may be no block
+                seen = (columns * block_size < stops[:, None]) & ((columns + 1) * block_size > starts[:, None])
+                tables = np.where(seen, tables, 0)
+            for head in range(0, num_heads, head_step):
+                heads = slice(head, min(num_heads, head + head_step))
+                yield _Part(tokens, positions, lens, heads, tables, start, stop)
+
+
+def _alike(call: _Call, lens: _Array, counts: _Array) -> Iterator[list[int]]:
+    """Sequences that attend together: of as many new tokens, and so few positions that all fit in a tile."""
+    num_heads, dim = call.k_cache.shape[2:]
+    starts = np.maximum(0, lens - counts - call.scoring.left).tolist()
+    alike: list[int] = []
+    for i in np.lexsort((lens, counts)).tolist():
+        if not counts[i]:
+            continue
+        if alike:
+            columns = (len(alike) + 1) * num_heads
+            span = int(lens[i]) - starts[alike[0]]
+            if (
+                counts[i] == counts[alike[0]]
+                and columns * call.layout.group * counts[i] <= _PART_ROWS
+                and columns * span * dim <= _TILE_KEYS
+                and span <= _MOST_WASTE * (lens[alike[0]] - starts[alike[0]])
+            ):
+                alike.append(i)
+                continue
+            yield alike
+        alike = [i]
+    if alike:
+        yield alike
+
+
+def _even_step(total: int, most: int) -> int:
+    """The size of pieces of ``total``, as few and as even as can be."""
+    return -(-total // -(-total // max(1, most)))
+
+
+def _work(call: _Call, part: _Part) -> int:
+    """The bytes that are read in the time that a part takes."""
+    num_seqs, num_tokens = part.tokens.shape
+    dims = call.k_cache.shape[3] + call.v_cache.shape[3]
+    elements: int = num_seqs * (part.end - part.start) * _num_heads(part) * dims
+    return elements * (call.layout.query.dtype.itemsize + num_tokens * call.layout.group // _PRODUCTS_PER_BYTE)
+
+
+def _num_heads(part: _Part) -> int:
+    return len(range(part.heads.start, part.heads.stop))
+
+
+def _jobs(call: _Call, part: _Part, most_stretches: int) -> Iterator[threads.Job]:
+    num_blocks = part.tables.shape[1]
+    step = max(1, -(-num_blocks // most_stretches))
+    stretches = [(first, min(num_blocks, first + step)) for first in range(0, num_blocks, step)] or [(0, 0)]
+    fold = _Fold(call, part, len(stretches))
+    return (functools.partial(fold.attend, i, *stretch) for i, stretch in enumerate(stretches))
+
+
+# What becomes of a part.
+
+
+def _attend(call: _Call, part: _Part, first_block: int, last_block: int) -> _State:
+    """The state of a part's rows after the blocks from ``first_block`` to before ``last_block`` of its tables."""
+    block_size = call.layout.block_size
+    queries = _queries(call, part)
+    num_seqs, num_heads, num_pieces, dim, piece = queries.shape
+    v_dim, num_rows = call.v_cache.shape[3], num_pieces * piece
+    most = np.full((num_seqs, num_heads, num_rows), _LOWEST)
+    total = np.zeros_like(most)
+    sums = np.zeros((num_seqs, v_dim, num_heads, num_rows), np.float32)
+    products = _buffers.take("products", sums.shape)
+    columns = num_seqs * num_heads
+    step = max(1, min(_TILE_KEYS // (columns * dim), _TILE_SCORES // (columns * num_rows)) // block_size)
+    origin = part.start // block_size * block_size
+    for block in range(first_block, last_block, step):
+        blocks = part.tables[:, block : min(block + step, last_block)]
+        place = origin + block * block_size
+        first, last = max(part.start, place), min(part.end, place + blocks.shape[1] * block_size)
+        inside = slice(first - place, last - place)
+        hidden = _hidden(call, part, first, last)
+
+        k = _load(call.k_cache, blocks, inside, part.heads, "k")
+        scores = _buffers.take("scores", (num_seqs, last - first, num_heads, num_rows))
+        by_piece = scores.reshape(*scores.shape[:3], num_pieces, piece).transpose(0, 2, 3, 1, 4)
+        _multiply(k.transpose(0, 2, 1, 3)[:, :, None], queries, by_piece)
+        _score(call, part, scores, first, hidden)
+
+        before, most = most, np.maximum(most, scores.max(1))
+        scores -= most[:, None]
+        np.exp(scores, out=scores)
+        shrink = np.exp(before - most)
+        total *= shrink
+        total += scores.sum(1)
+
+        v = k[..., :v_dim] if call.v_in_k else _load(call.v_cache, blocks, inside, part.heads, "v")
+        apart = _take_out_hidden(v, hidden)
+        by_piece_of_products = products.reshape(*products.shape[:3], num_pieces, piece).transpose(0, 2, 3, 1, 4)
+        _multiply(v.transpose(0, 2, 3, 1)[:, :, None], by_piece, by_piece_of_products)
+        for i, position, value, hidden_from in apart:
+            weights = _by_token(call, part, scores[i, position])
+            seen = np.where(hidden_from, 0, weights * value.T[..., None, None])
+            _by_token(call, part, products[i])[...] += seen
+        sums *= shrink[:, None]
+        sums += products
+    return _State(most, total, sums)
+
+
+def _by_token(call: _Call, part: _Part, rows: _Array) -> _Array:
+    """A view of ``rows`` as ``[..., group, tokens]``, without those that only fill a piece."""
+    num_tokens, group = part.tokens.shape[1], call.layout.group
+    return rows[..., : group * num_tokens].reshape(*rows.shape[:-1], group, num_tokens)
+
+
+def _queries(call: _Call, part: _Part) -> _Array:
+    """Scaled, in pieces of as many rows, of which the last ones may be zeros."""
+    scoring, group = call.scoring, call.layout.group
+    num_seqs, num_tokens = part.tokens.shape
+    num_heads, dim = _num_heads(part), call.query.shape[2]
+    piece = max(2, _even_step(group * num_tokens, _PIECE_ROWS))  # one row is no matrix, and has rules of its own
+    num_pieces = -(-group * num_tokens // piece)
+    rows = np.zeros((num_seqs, num_heads, num_pieces * piece, dim), np.float32)
+    queries = call.query[part.tokens, part.heads.start * group : part.heads.stop * group].astype(np.float32)
+    queries *= np.float32(scoring.softmax_scale / (scoring.softcap or 1))
+    by_head = queries.reshape(num_seqs, num_tokens, num_heads, group, dim).transpose(0, 2, 3, 1, 4)
+    rows[:, :, : group * num_tokens].reshape(by_head.shape)[...] = by_head
+    return np.ascontiguousarray(rows.reshape(num_seqs, num_heads, num_pieces, piece, dim).swapaxes(3, 4))
+
+
+def _load(pool: _Array, blocks: _Array, inside: slice, heads: slice, name: str) -> _Array:
+    """float32 ``[sequences, positions, heads, head_dim]``: of the positions of ``blocks`` those ``inside``."""
+    of_heads = pool[:, :, heads]
+    if pool.itemsize == 4:
+        return of_heads[blocks].reshape(len(blocks), -1, *of_heads.shape[2:])[:, inside]
+    bits = of_heads.view(np.int16)[blocks].reshape(len(blocks), -1, *of_heads.shape[2:])[:, inside]
+    result = _buffers.take(name, bits.shape)
+    if pool.dtype == np.float16:
+        _widen(bits, result)
+    else:
+        np.copyto(result, bits.view(pool.dtype))
+    return result
+
+
+def _widen(bits: _Array, out: _Array) -> None:
+    """float32 of the bits of float16. NumPy's own conversion, which takes five times as long, does inf and NaN."""
+    wide = out.view(np.int32)
+    np.copyto(wide, bits)
+    wide <<= 13
+    wide &= np.int32(-0x70002000)  # the sign, and from the fourth bit behind it what was 15 bits
+    out *= np.float32(2.0**112)
+    if bits.max(initial=0) >= 0x7C00 or bits.view(np.uint16).max(initial=0) >= 0xFC00:
+        np.copyto(out, bits.view(np.float16))
+
+
+def _multiply(a: _Array, b: _Array, out: _Array) -> None:
+    """The matrix product, some rows of ``a`` at a time."""
+    step = max(1, _PIECE_PRODUCTS // (b.shape[-2] * b.shape[-1]))
+    for first in range(0, a.shape[-2], step):
+        np.matmul(a[..., first : first + step, :], b, out=out[..., first : first + step, :])
+
+
+def _hidden(call: _Call, part: _Part, first: int, last: int) -> _Array | None:
+    """``[sequences, positions, tokens]``: which positions from ``first`` to before ``last`` a token does not see; None
+    if every token sees them all."""
+    left, right = call.scoring.left, call.scoring.right
+    lens, tokens = part.seq_lens[:, None, None], part.positions[:, None, :]
+    lowest = part.positions[:, -1].max() - left
+    highest = min(part.seq_lens.min() - 1, part.positions[:, 0].min() + right)
+    if lowest <= first and last - 1 <= highest:
+        return None
+    positions = np.arange(first, last)[:, None]
+    return (positions >= lens) | (positions < tokens - left) | (positions > tokens + right)
+
+
+def _score(call: _Call, part: _Part, scores: _Array, first: int, hidden: _Array | None) -> None:
+    """Make scores, in place, of products of queries and the keys from the position ``first`` on."""
+    if call.scoring.softcap:
+        np.tanh(scores, out=scores)
+        scores *= np.float32(call.scoring.softcap)
+    by_token = _by_token(call, part, scores)
+    if call.alibi_slopes is not None:
+        distances = np.abs(part.positions[:, None] - np.arange(first, first + scores.shape[1])[:, None])
+        slopes = call.alibi_slopes.reshape(-1, call.layout.group, 1)[part.heads]
+        by_token -= slopes * distances.astype(np.float32)[:, :, None, None]
+    if hidden is not None:
+        np.copyto(by_token, -np.inf, where=hidden[:, :, None, None])
+
+
+def _take_out_hidden(v: _Array, hidden: _Array | None) -> list[tuple[int, int, _Array, _Array]]:
+    """Make zeros, in place, of what no token sees, and of what not every token sees where it is not finite, since zero
+    times that is NaN. Returns the latter: sequence, position, V of its heads, and which tokens do not see it."""
+    if hidden is None:
+        return []
+    of_none = hidden.all(2)
+    v[of_none] = 0
+    of_some = hidden.any(2) & ~of_none
+    if not of_some.any():
+        return []
+    apart = [
+        (i, position, v[i, position].copy(), hidden[i, position])
+        for i, position in np.argwhere(of_some & ~np.isfinite(v).all((2, 3))).tolist()
+    ]
+    for i, position, *_ in apart:
+        v[i, position] = 0
+    return apart
+
+
+def _merged(a: _State, b: _State) -> _State:
+    most = np.maximum(a.most, b.most)
+    of_a, of_b = np.exp(a.most - most), np.exp(b.most - most)
+    return _State(most, a.total * of_a + b.total * of_b, a.sums * of_a[:, None] + b.sums * of_b[:, None])
+
+
+def _write(call: _Call, part: _Part, state: _State) -> None:
+    num_seqs, num_tokens = part.tokens.shape
+    group = call.layout.group
+    heads = slice(part.heads.start * group, part.heads.stop * group)
+    if call.sinks is not None:  # a score of a value that is zero
+        sinks = np.zeros_like(state.most)
+        _by_token(call, part, sinks)[...] = call.sinks[heads].reshape(-1, group, 1)
+        state = _merged(state, _State(sinks, np.ones_like(sinks), np.zeros_like(state.sums)))
+    sums = state.sums / np.where(state.total == 0, 1, state.total)[:, None]
+    by_token = _by_token(call, part, sums).transpose(0, 4, 2, 3, 1)
+    call.out[part.tokens, heads] = by_token.reshape(num_seqs, num_tokens, -1, by_token.shape[-1])
+    if call.lse is not None:
+        lse = _by_token(call, part, state.most + np.log(state.total)).transpose(0, 3, 1, 2)
+        call.lse[part.tokens, heads] = lse.reshape(num_seqs, num_tokens, -1)
