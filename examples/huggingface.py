@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,10 @@ def read(folder: str) -> tuple[SimpleNamespace, dict[str, Any]]:
 
 def read_config(path: Path) -> SimpleNamespace:
     said: dict[str, Any] = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-6}
-    said |= {"tie_word_embeddings": False} | json.loads(path.read_text())
+    try:
+        said |= {"tie_word_embeddings": False} | json.loads(path.read_text())
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no config: {error}") from None
     for name, known in (("model_type", "llama"), ("hidden_act", "silu")):
         if said[name] != known:
             raise ValueError(f"{path}: {name} must be {known}, got {said[name]}")
@@ -62,16 +66,18 @@ def rope_frequencies(head_dim: int, rope: dict[str, Any]) -> Any:
 
 def read_weights(folder: Path) -> dict[str, Any]:
     """Those of all files, as they are, but bfloat16 as float32."""
-    from safetensors import SafetensorError, deserialize
-
+    try:
+        safetensors = import_module("safetensors")
+    except ImportError as error:
+        raise ImportError(f"weights are read by safetensors ({error}); pip install 'cupy_pagedkv[files]'") from None
     paths = sorted(folder.glob("model*.safetensors"))
     if not paths:
         raise FileNotFoundError(f"there is no model*.safetensors in {folder}")
     weights = {}
     for path in paths:
         try:
-            tensors = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
-        except SafetensorError as error:
+            tensors = safetensors.deserialize(path.read_bytes())
+        except safetensors.SafetensorError as error:
             raise ValueError(f"{path}: {error}") from None
         for name, tensor in tensors:
             if name.endswith("rotary_emb.inv_freq"):  # in older files; it follows from the config

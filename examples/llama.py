@@ -33,8 +33,7 @@ class Llama:
         vocab, d, mlp = config.vocab_size, config.hidden_size, config.intermediate_size
         q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
 
-        def take(name: str, *shape: int) -> Any:
-            """Where the cache is, and transposed, as x @ weight wants it."""
+        def take(name: str, *shape: int) -> Any:  # where the cache is, and transposed, as x @ weight wants it
             if weights is None:
                 weight = rng.normal(len(shape) == 1, d**-0.5, shape)  # around 1 in norms, around 0 elsewhere
             elif (weight := weights.pop(f"{name}.weight", None)) is None or weight.shape != shape:
@@ -91,17 +90,19 @@ class Server:
     """Continuous batching: a step lets in who has room, computes the next tokens of all, and lets go who is done."""
 
     def __init__(self, model: Llama, tokens_per_step: int) -> None:
-        self.model, self.manager, self.tokens_per_step = model, KVCacheManager(model.cache), max(1, tokens_per_step)
+        if tokens_per_step < 1:
+            raise ValueError(f"a step must have at least one token, got {tokens_per_step}")
+        self.model, self.manager, self.tokens_per_step = model, KVCacheManager(model.cache), tokens_per_step
         self.waiting, self.running = list[Request](), list[Request]()  # the oldest first
         self.preempted = self.most_blocks = self.most_unshared = 0
 
-    def submit(self, prompt: list[int], max_new_tokens: int) -> None:
-        config, cache, end = self.model.config, self.model.cache, len(prompt) + max(1, max_new_tokens)
+    def submit(self, prompt: list[int], max_new: int) -> None:
+        config, cache, end = self.model.config, self.model.cache, len(prompt) + max_new
         if not prompt or min(prompt) < 0 or max(prompt) >= config.vocab_size:
             raise ValueError(f"a prompt must be tokens from 0 to {config.vocab_size - 1}, got {prompt}")
-        if end > (room := min(config.max_position_embeddings, cache.num_blocks * cache.block_size)):
-            raise ValueError(f"a prompt would grow to {end} tokens, but model and pool have room for {room}")
-        self.waiting.append(Request(prompt, len(prompt), end))
+        if end > (room := min(config.max_position_embeddings, cache.num_blocks * cache.block_size)) or max_new < 1:
+            raise ValueError(f"{len(prompt)} tokens must grow, to {room} at most in this pool and model, got {end}")
+        self.waiting.append(Request(list(prompt), len(prompt), end))
 
     def admit(self) -> bool:
         """Let in the first that waits, if blocks suffice, and if nobody is just computing one that it could share."""
@@ -119,8 +120,7 @@ class Server:
 
     def step(self) -> list[Request]:
         """Returns the requests that are done with it."""
-        new: dict[CachedSequence, list[int]] = {}
-        left = self.tokens_per_step
+        new, left = dict[CachedSequence, list[int]](), self.tokens_per_step
         while left and (len(new) < len(self.running) or (self.waiting and self.admit())):
             sequence, tokens = self.running[len(new)].sequence, self.running[len(new)].tokens
             new[sequence] = tokens[sequence.num_tokens :][:left]  # a piece of its prompt, or the token sampled last
