@@ -16,7 +16,6 @@ import pytest
 
 from cupy_pagedkv import LayeredPagedKVCache
 from cupy_pagedkv.devices import backend
-from cupy_pagedkv.devices.emulated_backend import EmulatedBackend
 
 EXAMPLE = Path(llama.__file__)
 
@@ -111,14 +110,6 @@ def prompts_of(rng: np.random.Generator, vocab_size: int, *sizes: int) -> list[l
     """A system prompt of 40 tokens, and behind it others."""
     system = rng.integers(vocab_size, size=40).tolist()
     return [system + rng.integers(vocab_size, size=size).tolist() for size in sizes]
-
-
-@pytest.fixture(autouse=True)
-def _has_attention(request):
-    """To be deleted as soon as every device has it."""
-    emulated = backend.EMULATE or "emulated" in request.node.name
-    if emulated and not hasattr(EmulatedBackend, "paged_attention"):
-        pytest.skip("the kernels do not attend yet")
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCES))

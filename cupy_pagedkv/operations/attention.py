@@ -304,6 +304,8 @@ def _check_float32(name: str, array: Any, shape: tuple[int, ...] | None, backend
         raise TypeError(f"{name} must be float32, got {array.dtype}")
     if shape is not None and array.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
+    if shape is None and not (array.ndim == 1 and array.flags.c_contiguous):
+        raise ValueError(f"{name} must be contiguous and have one axis, got shape {array.shape}")
     if name in ("lse", "scratch"):
         check_writeable((name,), array)
 
