@@ -99,7 +99,7 @@ def spread_of(
     scratch = splits * num_tokens * layout.query.shape[1] * (layout.result.shape[2] + 2)
     # Few rows wait for memory, and many blocks hide that; many rows compute, and what is kept would cost more.
     wanted = processors * (16 if shape.rows == 16 else 1)
-    z = min(splits, -(-wanted // (tiles * heads)), 65535)
+    z = min(splits, -(-wanted // max(1, tiles * heads)), 65535)
     if z == 1 or scratch > _MOST_SCRATCH:
         return Spread((tiles, heads, 1), 0, 0)
     return Spread((tiles, heads, z), splits, scratch)

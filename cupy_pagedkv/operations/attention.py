@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..bookkeeping.arguments import at_least
 from ..devices import backend as devices
 from ..devices.backend import Backend, backend_of
 from ..devices.layout import UNBOUNDED, AttentionLayout, Scoring, attention_layout_of, check_arithmetic
@@ -197,11 +198,18 @@ def merge_attention_states(out_a: Array, lse_a: Array, out_b: Array, lse_b: Arra
     return out, lse
 
 
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r:.40}") from None
+
+
 def _scoring(
     layout: AttentionLayout, softmax_scale: float | None, causal: bool, window_size: tuple[int, int], softcap: float
 ) -> Scoring:
-    scale = layout.query.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    softcap = float(softcap)
+    scale = layout.query.shape[2] ** -0.5 if softmax_scale is None else _number("softmax_scale", softmax_scale)
+    softcap = _number("softcap", softcap)
     if not math.isfinite(scale):
         raise ValueError(f"softmax_scale must be a finite number, got {scale}")
     if not 0 <= softcap < math.inf:
@@ -230,8 +238,8 @@ def _check_counts(
         )
     if ends is not None and ends.shape[0] != num_seqs + 1:
         raise ValueError(f"cu_seqlens_q must have one entry more than seq_lens, {num_seqs + 1}, got {ends.shape[0]}")
-    if max_seqlen_q is not None and operator.index(max_seqlen_q) < 0:
-        raise ValueError(f"max_seqlen_q must be at least 0, got {max_seqlen_q}")
+    if max_seqlen_q is not None:
+        at_least(0, "max_seqlen_q", max_seqlen_q)
 
 
 def _check_values(
@@ -287,7 +295,10 @@ def _of_heads(name: str, values: Any, layout: AttentionLayout, backend: Backend,
     if values is None:
         return None
     if not isinstance(values, (np.ndarray, backend.ndarray)):
-        values = np.asarray(values, np.float32)
+        try:
+            values = np.asarray(values, np.float32)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{name} must be one number for each head, got {values!r:.40} ({error})") from None
     num_heads = layout.query.shape[1]
     if values.dtype != np.float32:
         raise TypeError(f"{name} must be float32, got {values.dtype}")
