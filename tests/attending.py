@@ -113,7 +113,8 @@ class Scene:
         return self.tables[i, positions // self.block_size], positions % self.block_size
 
     def load(self) -> "Scene":
-        """Bring the pools, as a test has changed them on the host, to the device."""
+        """Bring the query and the pools, as a test has changed them on the host, to the device."""
+        self.arguments["query"] = self.device.array(self.query)
         self.on_device[...] = self.device.array(self.buffer)
         return self
 
@@ -133,7 +134,7 @@ class Scene:
         names = ("query", "k_cache", "v_cache", "block_tables")
         buffers = attention_buffers(*(self.arguments[name] for name in names), **arguments)
         for array in buffers:
-            array[...] = math.nan
+            array.reshape(-1).view(np.uint8)[...] = 255
         return buffers
 
     def exact(self) -> tuple[np.ndarray, np.ndarray]:

@@ -148,6 +148,28 @@ def test_any_batch_with_every_access_checked(kernel_device, data):
         any_scene(kernel_device, data, [np.float16, np.float32], dims=(16,), heads=((2, 1),)).check()
 
 
+CHECKED: dict[str, dict[str, Any]] = {
+    "tensor cores": {},
+    "bfloat16, odd places": {"dtype": DTYPES[1], "first": 1, "layout": "HND"},
+    "float32, all options": {"dtype": DTYPES[2], "sinks": [1, 0], "softcap": 5.0, "window_size": (270, -1)},
+    "odd head_dim": {"dim": 35, "v_dim": 19, "layout": "packed", "alibi_slopes": [0.1, 0.2]},
+    "V of K": {"dim": 64, "v_dim": 32, "layout": "latent"},
+    "not causal": {"causal": False, "window_size": (3, 40), "block_size": 5},
+}
+
+
+@pytest.mark.parametrize("options", CHECKED)
+def test_every_access_checked(kernel_device, rng, options):
+    """Races, reads of what was not written, accesses outside the arrays; decode in two launches, and prefill."""
+    if kernel_device.name == "cupy":
+        pytest.skip("checks are the emulated device's")
+    options = {"heads": (2, 1), "dim": 32, **CHECKED[options]}
+    with emulate(check=True):
+        decode = Scene(kernel_device, rng, [(1, 300)], **options)
+        decode.check(decode.attend(out=decode.buffers()))
+        Scene(kernel_device, rng, [(1, 3), (2, 290), (20, 40), (0, 5), (3, 1)], padding=2, **options).check()
+
+
 @pytest.mark.parametrize("arch", [75, 80, 120])
 @of_dtypes
 def test_other_architectures(kernel_device, rng, dtype, arch):

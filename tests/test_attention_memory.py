@@ -7,6 +7,7 @@ import numpy as np
 import oracle
 import pytest
 from attending import Scene, bits, of_dtypes, same_bits
+from conftest import Device
 from test_attention import check_means, mean_scene
 from test_offsets import sparse
 
@@ -59,8 +60,8 @@ def test_what_left_the_window_does_not_reach_a_row(device, rng, pool):
 def test_query_tokens_do_not_reach_each_other(device, rng, dtype):
     scene = Scene(device, rng, [(9, 30), (1, 5)], heads=(4, 2), dim=16, dtype=dtype)
     before = scene.attend()
-    scene.arguments["query"][4, 1] = math.nan
-    out, lse = scene.attend()
+    scene.query[4, 1] = math.nan
+    out, lse = scene.load().attend()
     assert np.isnan(out[4, 1].astype(np.float32)).all()
     assert np.isnan(lse[4, 1])
     out[4, 1], lse[4, 1] = before[0][4, 1], before[1][4, 1]
@@ -75,7 +76,7 @@ def test_scores_far_from_zero(device, rng, dtype):
     """About ±10⁶: further than any finite number that a mask might be."""
     for sign in (-1, 1):
         scene = Scene(device, rng, [(1, 600), (20, 300), (1, 3)], heads=(2, 1), dim=16, dtype=dtype, softmax_scale=8.0)
-        scene.arguments["query"][...] = scene.query[...] = 100
+        scene.query[...] = 100
         for i in range(3):
             blocks, offsets = scene.places(i)
             scene.pools[0][blocks, offsets] = sign * 80
@@ -172,6 +173,30 @@ def test_buffers_without_room_for_scratch_serve_as_well(device, rng):
         buffers = AttentionBuffers(out, lse, scratch[:room])
         got = paged_attention(**scene.arguments, out=buffers, return_lse=True)
         assert same_bits(tuple(device.numpy(array) for array in got), scene.attend())
+
+
+def test_a_captured_graph_replays_with_longer_sequences(gpu, rng):
+    """Captured at length 1; nothing is allocated in it."""
+    import cupy
+
+    scene = Scene(Device("cupy", cupy), rng, [(1, 5000), (1, 1), (1, 700)], heads=(8, 2), packed=False, sinks=[1] * 8)
+    buffers = scene.buffers()
+    lens = scene.arguments["seq_lens"]
+    expected = scene.attend()
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        lens[...] = 1
+        paged_attention(**scene.arguments, out=buffers)  # a capture allows neither to compile nor to load
+        stream.begin_capture()
+        paged_attention(**scene.arguments, out=buffers)
+        graph = stream.end_capture()
+        for array in buffers:
+            array[...] = math.nan
+        lens[...] = cupy.array(scene.lens)
+        graph.launch(stream)
+    stream.synchronize()
+    assert same_bits((cupy.asnumpy(buffers.out), cupy.asnumpy(buffers.lse)), expected)
 
 
 def test_rows_of_no_sequence(device, rng):
