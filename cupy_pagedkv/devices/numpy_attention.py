@@ -226,8 +226,8 @@ def _work(call: _Call, part: _Part) -> int:
     """The bytes that are read in the time that a part takes."""
     num_seqs, num_tokens = part.tokens.shape
     dims = call.k_cache.shape[3] + call.v_cache.shape[3]
-    elements = int(num_seqs) * (part.end - part.start) * _num_heads(part) * int(dims)
-    return elements * (call.layout.query.dtype.itemsize + num_tokens * call.layout.group // _PRODUCTS_PER_BYTE)
+    per_element: int = call.layout.query.dtype.itemsize + num_tokens * call.layout.group // _PRODUCTS_PER_BYTE
+    return int(num_seqs) * (part.end - part.start) * _num_heads(part) * int(dims) * per_element
 
 
 def _num_heads(part: _Part) -> int:
