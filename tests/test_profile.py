@@ -95,6 +95,15 @@ def test_bank_conflicts_of_ldmatrix(row, ways):
     assert launch.matrices == SharedTraffic(1, 4 * ways, 4)
 
 
+def test_lanes_that_touch_two_arrays_at_one_place_make_a_request_of_each():
+    """And one of shared memory."""
+    launch = measured("float* p = i % 2 ? y : (float*)x; p[i] = 1;")
+    assert launch.arrays[0].written == launch.arrays[1].written == Traffic(1, 64, 4, 64, 0, 1)
+    launch = measured("__shared__ float s[32]; s[i] = 0; __syncwarp(); const float* p = i < 16 ? x : s; y[i] = p[i];")
+    assert launch.arrays[0].read == Traffic(1, 64, 2, 64, 0, 1)
+    assert launch.shared == SharedTraffic(2, 2, 2)
+
+
 def test_collectives_barriers_and_lines():
     launch = measured("y[i] = __shfl_xor_sync(~0u, x[2 * i], 1);\nif (i < 32) __syncwarp(); __syncthreads();", 64)
     assert (launch.collectives, launch.barriers) == (1.5, 1)

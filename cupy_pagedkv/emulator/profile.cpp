@@ -41,8 +41,8 @@ void Profile::touch(std::uintptr_t address, std::size_t size, int touch, const v
     // The source and the target of an asynchronous copy have one place and are two requests.
     const std::uint32_t key = here * 2 + (touch & WRITE ? 1 : 0);
     const std::uint32_t pass = passes[w.current][key]++;
-    events[w.current / 32].push_back({here, pass, address, (std::uint32_t)size, (std::uint16_t)(w.current % 32),
-                                      (std::uint16_t)touch});
+    events[w.current / 32].push_back({here, pass, address, (std::uint32_t)size, (std::int16_t)array,
+                                      (std::uint8_t)(w.current % 32), (std::uint8_t)touch});
     InFlight& flying = in_flight[w.current];
     if (touch & (WRITE | ATOMIC) && !(touch & ASYNC)) used();
     if (array == SHARED_MEMORY || touch & (WRITE | ATOMIC)) return;
@@ -62,7 +62,7 @@ static std::uint64_t distinct(std::vector<std::uintptr_t>& values)
 
 void Profile::request(const Event* begin, const Event* end)
 {
-    const long array = array_of(begin->address);
+    const long array = begin->array;
     const bool writes = begin->touch & (WRITE | ATOMIC);
     const std::uint64_t key = ((std::uint64_t)begin->place << 16) | ((std::uint64_t)(array + 4) << 6) | begin->touch;
     const auto [found, isnew] = index.try_emplace(key, rows.size());
@@ -120,12 +120,12 @@ void Profile::end_block()
 {
     for (auto& of_warp : events) {
         std::stable_sort(of_warp.begin(), of_warp.end(), [](const Event& a, const Event& b) {
-            return std::tuple(a.place, a.touch, a.pass) < std::tuple(b.place, b.touch, b.pass);
+            return std::tuple(a.place, a.touch, a.pass, a.array) < std::tuple(b.place, b.touch, b.pass, b.array);
         });
         for (std::size_t i = 0, j; i < of_warp.size(); i = j) {
             for (j = i + 1; j < of_warp.size(); ++j)
                 if (of_warp[j].place != of_warp[i].place || of_warp[j].pass != of_warp[i].pass
-                    || of_warp[j].touch != of_warp[i].touch)
+                    || of_warp[j].touch != of_warp[i].touch || of_warp[j].array != of_warp[i].array)
                     break;
             request(&of_warp[i], &of_warp[i] + (j - i));
         }

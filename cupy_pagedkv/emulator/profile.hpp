@@ -7,7 +7,7 @@
 namespace emulated {
 
 // Counts of the requests that were made from one place to one array; a request is what the lanes of a warp touch at the
-// same place in the same pass.
+// same place in the same pass, of one array.
 struct Row {
     std::uint64_t place;                // offset in the kernel's library
     std::int64_t array;                 // argument, or -1: shared memory, -2: a variable of the device
@@ -45,7 +45,8 @@ private:
         std::uint32_t place, pass;
         std::uintptr_t address;
         std::uint32_t size;
-        std::uint16_t lane, touch;
+        std::int16_t array;
+        std::uint8_t lane, touch;
     };
     struct InFlight {
         std::uint64_t loaded, copying, most;
