@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import cupy_pagedkv.emulator.compiler as compiler
-from cupy_pagedkv.devices.sources import source_of
+from cupy_pagedkv.devices.sources import source_of, with_includes
 from cupy_pagedkv.emulator import CompileError, KernelError, RawKernel, emulate
 
 
@@ -467,6 +467,82 @@ def test_an_error_among_blocks_side_by_side():
 def test_cuda_that_is_not_there_is_named(code, message):
     with pytest.raises(CompileError, match=message):
         kernel(code)((1,), (1,), (np.zeros(1, np.int32),))
+
+
+def test_a_kernel_that_is_not_there_is_named():
+    with pytest.raises(CompileError, match=r"There is no kernel `g` in this source: .*extern"):
+        RawKernel('extern "C" __global__ void f(int* x) {}', "g")((1,), (1,), ())
+    with pytest.raises(CompileError, match="does not know h. If"):
+        RawKernel('extern "C" __global__ void g(int* x) { h(x); }', "g")((1,), (1,), (np.zeros(1, np.int32),))
+
+
+def test_options_may_have_braces():
+    x = np.zeros(1, np.int32)
+    RawKernel('extern "C" __global__ void f(int* x) { int y[] = VALUES; *x = y[1]; }', "f", ("-DVALUES={3,4}",))(
+        (1,), (1,), (x,)
+    )
+    assert x[0] == 4
+
+
+def test_functions_of_floats_are_those_of_floats():
+    """The C library has `int abs(int)`, CUDA has one of each type."""
+    x = np.full(8, -0.5, np.float32)
+    body = """x[0] = abs(x[0]); x[1] = isnan(x[1]) + isinf(x[1]) + isfinite(x[1]) + signbit(x[1]); x[2] = abs(-3ll);
+        x[3] = sizeof(sqrt(x[3])) + sizeof(pow(x[3], 2.f)) + sizeof(floor(x[3])); x[4] = abs(-0.25);"""
+    kernel(body, "float* x")((1,), (1,), (x,))
+    assert x.tolist() == [0.5, 2, 3, 12, 0.25, -0.5, -0.5, -0.5]
+
+
+def test_constants_may_be_static():
+    x = np.zeros(1, np.int32)
+    code = """static __constant__ int a[2] = {1, 2}; __constant__ int b = 3; extern "C" { __device__ __constant__ int c = 4; }
+    extern "C" __global__ void f(int* x) { *x = a[1] + b + c; }"""
+    RawKernel(code, "f")((1,), (1,), (x,))
+    assert x[0] == 9
+
+
+def test_a_kernel_may_have_functions_named_like_those_of_ptx_cuh():
+    code = """__device__ float bf16_to_f32(unsigned short x) { return __uint_as_float((unsigned)x << 16) + 1; }
+    extern "C" __global__ void f(float* x) { *x = bf16_to_f32(0x3f80); }"""
+    x = np.zeros(1, np.float32)
+    RawKernel(code, "f")((1,), (1,), (x,))
+    assert x[0] == 2
+
+
+def test_an_assertion_is_an_error_whatever_is_included():
+    code = '#include <cassert>\nextern "C" __global__ void f(int* x) { assert(*x == 0); }'
+    RawKernel(code, "f")((1,), (1,), (np.zeros(1, np.int32),))
+    with pytest.raises(KernelError, match=r"f.cu:2: thread .* stops the launch: assertion failed: \*x == 0"):
+        RawKernel(code, "f")((1,), (1,), (np.ones(1, np.int32),))
+
+
+@pytest.mark.parametrize("present", [16, 31])
+def test_instructions_of_a_whole_warp_need_a_whole_warp(present):
+    code = with_includes(
+        '#include "ptx.cuh"\n#line 1 "f.cu"\nextern "C" __global__ void f(float* x, int n) {\nif (threadIdx.x >= n) return; '
+        "unsigned a[4] = {}, b[2] = {}; mma_m16n8k16_f16((float(&)[4])*x, a, b); }", "f.cu"
+    )  # fmt: skip
+    x = np.zeros(4, np.float32)
+    f = RawKernel(code, "f")
+    f((1,), (32,), (x, np.int32(32)))
+    for threads in (present, 32):
+        with pytest.raises(KernelError, match=r"f.cu:2: thread .* needs all 32 lanes of its warp, and lanes \w+ are there"):
+            f((1,), (threads,), (x, np.int32(present)))
+
+
+@pytest.mark.parametrize("type", ["int", "unsigned long long"])
+def test_a_misaligned_atomic_stops(type):
+    x = np.zeros(4, np.int64)
+    body = f"atomicAdd(({type}*)((char*)x + offset), ({type})1);"
+    for offset in (8, 4 if type == "int" else 8):
+        kernel(body, "long long* x, int offset")((1,), (1,), (x, np.int32(offset)))
+    with pytest.raises(KernelError, match=r"f.cu:1: thread .* atomically changes \d bytes at address .* not a multiple"):
+        kernel(body, "long long* x, int offset")((1,), (1,), (x, np.int32(2)))
+
+
+def test_no_atomic_of_one_byte():
+    with pytest.raises(CompileError, match="2, 4 or 8 bytes"):
+        kernel("atomicAdd(x, (unsigned char)1);", "unsigned char* x")((1,), (1,), (np.zeros(1, np.uint8),))
 
 
 def test_a_header_that_is_not_there_is_named():

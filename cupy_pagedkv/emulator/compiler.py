@@ -70,13 +70,13 @@ def _build(name: str, ingredients: list[str], steps: list[list[str]], source: st
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built = Path(folder) / library.name
         for step in steps:
-            arguments = [argument.format(out=built, folder=folder) for argument in step]
+            arguments = [argument.replace("{out}", str(built)).replace("{folder}", folder) for argument in step]
             run = subprocess.run(
                 [*command, *arguments], input=source, capture_output=True, text=True, check=False, cwd=folder
             )
             if run.returncode:
                 raise CompileError(
-                    f"{command[0]} could not compile the kernel {name}:\n{run.stderr}{_advice(run.stderr)}"
+                    f"{command[0]} could not compile the kernel {name}:\n{run.stderr}{_advice(name, run.stderr)}"
                 )
         built.replace(library)
     return library
@@ -127,8 +127,11 @@ _UNKNOWN = (
 )
 
 
-def _advice(errors: str) -> str:
-    """What to do about CUDA that the emulated device does not have."""
+def _advice(name: str, errors: str) -> str:
+    """What to do about CUDA that the emulated device does not have, or a kernel that is not there."""
+    first = re.search(r"^(.*): error: ", errors, re.MULTILINE)
+    if first and first[1].startswith("launcher of"):
+        return f'\nThere is no kernel `{name}` in this source: one function extern "C" __global__ void {name}(...).'
     if header := re.search(r"fatal error: ['\"]?([\w/.]+)['\"]?(: No such file| file not found)", errors):
         return (
             f"\nNo header of CUDA's is here, {header[1]} neither. If few of its names are used, give them a place in "

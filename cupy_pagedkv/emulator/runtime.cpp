@@ -613,6 +613,10 @@ const Meeting* emulated_meet(Kind kind, unsigned mask, const void* brought, std:
     meeting->present |= 1u << lane;
     if (!w.complete(warp, meeting)) w.suspend(IN_MEETING, place);
     self.held = meeting;
+    if (kind == ALIGNED && meeting->present != ~0u)
+        fail(place, nullptr, "{0}: thread (%u, %u, %u) of block (%u, %u, %u) is at an instruction that needs all 32 lanes of "
+             "its warp, and lanes %08x are there", threadIdx.x, threadIdx.y, threadIdx.z, blockIdx.x, blockIdx.y, blockIdx.z,
+             meeting->present);
     return meeting;
 }
 
@@ -625,9 +629,9 @@ unsigned emulated_activemask()
 
 unsigned emulated_lane() { return worker->current % 32; }
 
-void emulated_fence()
+void emulated_fence(Fence fence)
 {
-    if (worker->checks) worker->checks->fence();
+    if (worker->checks) worker->checks->fence(fence);
 }
 
 void emulated_touch(const volatile void* address, std::size_t size, int touch, const void* place)
@@ -682,17 +686,17 @@ void emulated_cp_async_wait(unsigned groups_left)
     for (std::size_t& group : self.groups) group -= arriving;
 }
 
-void emulated_trap(const char* why)
+void emulated_trap(const char* why, const void* place)
 {
-    const void* place = __builtin_return_address(0);
+    if (!place) place = __builtin_return_address(0);
     fail(place, nullptr, "{0}: thread (%u, %u, %u) of block (%u, %u, %u) stops the launch: %s", threadIdx.x, threadIdx.y,
          threadIdx.z, blockIdx.x, blockIdx.y, blockIdx.z, why);
 }
 
-void emulated_unaligned_row(const void* row, const void* place)
+void emulated_unaligned(const char* does, const void* address, std::size_t size, const void* place)
 {
-    fail(place, nullptr, "{0}: thread (%u, %u, %u) of block (%u, %u, %u) gives ldmatrix a row of 16 bytes at address %p, "
-         "which is not a multiple of 16", threadIdx.x, threadIdx.y, threadIdx.z, blockIdx.x, blockIdx.y, blockIdx.z, row);
+    fail(place, nullptr, "{0}: thread (%u, %u, %u) of block (%u, %u, %u) %s %zu bytes at address %p, which is not a multiple "
+         "of %zu", threadIdx.x, threadIdx.y, threadIdx.z, blockIdx.x, blockIdx.y, blockIdx.z, does, size, address, size);
 }
 
 // What the compiler passes of an access: its beginning, as GCC's and Clang's runtime libraries declare it
