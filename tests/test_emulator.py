@@ -134,6 +134,70 @@ def test_a_kernel_that_is_stuck_is_an_error_and_the_next_launch_is_fine(body, me
     assert run("__syncthreads(); x[threadIdx.x] += 1;", 64)[:64].tolist() == list(range(1, 65))
 
 
+def outcome_of(body: str, *, check: bool, before: str = "", grid: int = 1, interrupt: bool = False) -> str:
+    """What another process says of the launch: had it crashed or hung, this one would not tell."""
+    code = f"""if True:
+        import os, signal, threading
+        import numpy as np
+        from cupy_pagedkv.emulator import RawKernel, emulate
+        x, kernel = np.zeros(256, np.int32), RawKernel({before + f'extern "C" __global__ void f(int* x) {{ {body} }}'!r}, "f")
+        if {interrupt}:
+            def stop():
+                while not x[0]:
+                    pass
+                os.kill(os.getpid(), signal.SIGINT)
+            threading.Thread(target=stop).start()
+        for _ in range(2):  # the second time the process is as sound as the first
+            try:
+                with emulate(check={check}):
+                    kernel(({grid},), (32,), (x,))
+            except (KeyboardInterrupt, RuntimeError) as error:
+                print(type(error).__name__, error)
+            if {interrupt}:
+                break
+        RawKernel('extern "C" __global__ void g(int* x) {{ __syncthreads(); x[threadIdx.x] = 5; }}', "g")((1,), (32,), (x,))
+        print("sound" if x[31] == 5 else x)
+        """
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 0, run
+    return run.stdout
+
+
+@pytest.mark.parametrize("check", [False, True])
+@pytest.mark.parametrize(
+    ("body", "before"),
+    [
+        ("volatile float big[60000]; for (int i = 0; i < 60000; ++i) big[i] = i; x[threadIdx.x] = big[x[threadIdx.x]];", ""),
+        ("x[threadIdx.x] = deep(x, threadIdx.x + 100000);",
+         "__device__ __attribute__((noinline)) int deep(volatile int* x, int n) { return n ? 1 + deep(x, n - 1) + x[0] : 0; }\n"),
+    ],
+    ids=["variables", "calls"],
+)  # fmt: skip
+def test_too_much_local_memory_is_an_error(body, before, check):
+    said = r"KernelError f: (f.cu:\d: )?thread \(0, 0, 0\) of block \(0, 0, 0\) needs more than 131072 bytes for its variables and calls\n"
+    assert re.fullmatch(f"{said}{said}sound\n", outcome_of(body, check=check, before=before))
+
+
+def test_an_access_to_no_memory_is_an_error():
+    said = r"KernelError f: f.cu:1: thread \(3, 0, 0\) of block \(0, 0, 0\) accesses address 0x10, where no memory is\n"
+    assert re.fullmatch(f"{said}{said}sound\n", outcome_of("if (threadIdx.x == 3) *(int*)16 = 1;", check=False))
+
+
+@pytest.mark.parametrize(
+    ("body", "check", "grid"),
+    [
+        ("x[0] = 1; volatile int* y = x + 9; while (!*y) { }", False, 1),
+        ("x[0] = 1; while (!atomicAdd(x + 9, 0)) { }", True, 1),
+        ("x[0] = 1; while (true) __syncthreads();", False, 1),
+        ("if (blockIdx.x > 9) { x[0] = 1; volatile int* y = x + 9; while (!*y) { } } else for (volatile int i = 0; i < 100000; i = i + 1) { }",
+         False, 100),
+    ],
+    ids=["nothing", "checked", "barriers", "many blocks"],
+)  # fmt: skip
+def test_a_launch_can_be_interrupted(body, check, grid):
+    assert re.fullmatch(r"KeyboardInterrupt \nsound\n", outcome_of(body, check=check, grid=grid, interrupt=True))
+
+
 def test_threads_that_returned_or_never_were_count_as_arrived():
     """As on a GPU since Volta (CUDA programming guide, "Synchronization Functions")."""
     body = "int i = threadIdx.x; if (i % 3) return; __syncthreads(); x[i] = -1; __syncthreads();"
@@ -526,7 +590,9 @@ def test_instructions_of_a_whole_warp_need_a_whole_warp(present):
     f = RawKernel(code, "f")
     f((1,), (32,), (x, np.int32(32)))
     for threads in (present, 32):
-        with pytest.raises(KernelError, match=r"f.cu:2: thread .* needs all 32 lanes of its warp, and lanes \w+ are there"):
+        with pytest.raises(
+            KernelError, match=r"f.cu:2: thread .* needs all 32 lanes of its warp, and lanes \w+ are there"
+        ):
             f((1,), (threads,), (x, np.int32(present)))
 
 
@@ -536,7 +602,9 @@ def test_a_misaligned_atomic_stops(type):
     body = f"atomicAdd(({type}*)((char*)x + offset), ({type})1);"
     for offset in (8, 4 if type == "int" else 8):
         kernel(body, "long long* x, int offset")((1,), (1,), (x, np.int32(offset)))
-    with pytest.raises(KernelError, match=r"f.cu:1: thread .* atomically changes \d bytes at address .* not a multiple"):
+    with pytest.raises(
+        KernelError, match=r"f.cu:1: thread .* atomically changes \d bytes at address .* not a multiple"
+    ):
         kernel(body, "long long* x, int offset")((1,), (1,), (x, np.int32(2)))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 __all__ = ["CompileError", "compile_kernel", "compile_runtime", "place_of"]
 
 _FOLDER = Path(__file__).parent
-_RUNTIME = ("runtime.cpp", "checks.cpp", "profile.cpp")
+_RUNTIME = ("runtime.cpp", "signals.cpp", "checks.cpp", "profile.cpp")
 _RUNTIME_HEADERS = ("runtime.hpp", "worker.hpp", "checks.hpp", "profile.hpp")
 _KERNEL_HEADERS = ("cuda.hpp", "ptx.hpp", "runtime.hpp")
 _CHECKED = (
