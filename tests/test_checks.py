@@ -160,6 +160,20 @@ def test_a_stray_access_is_found(body, remedy, message):
     run(body.replace(wrong, remedy) if wrong else "if (threadIdx.x == 0) *x = 1;", shared_mem=256)
 
 
+@pytest.mark.parametrize("what", ["memcpy", "std::memcpy", "__builtin_memcpy", "memmove", "memset"])
+def test_a_stray_copy_is_found(what):
+    body = f"{what}(y + 16 * threadIdx.x, {0 if what == 'memset' else 'x'}, 64);"
+    _, y = run(body, threads=16)
+    assert y.tolist() == ([0] * 256 if what == "memset" else [*range(16)] * 16)
+    with pytest.raises(KernelError, match=r"f.cu:2: thread \(16, 0, 0\) .* writes 64 bytes .* 64 bytes past the end"):
+        run(body, threads=17)
+
+
+def test_past_shared_memory_that_is_not_dynamic():
+    with pytest.raises(KernelError, match=r"writes 4 bytes at .*, past the end of the shared memory of the block"):
+        run("__shared__ int s[64]; s[threadIdx.x + 64] = x[0]; if (x[1]) y[0] = s[x[2]];")
+
+
 def test_a_pointer_to_another_threads_variable_is_stray():
     """Local memory is each thread's own."""
     share = "__shared__ int* p; int mine = 1; if (threadIdx.x == 0) p = &mine; __syncthreads(); "

@@ -130,7 +130,9 @@ Checks::Space Checks::space_of(std::uintptr_t address, std::size_t size, int tou
     for (const Region& segment : segments)
         if (inside(segment)) return GLOBAL;  // `__device__` and `__constant__` variables
     char where[160] = "outside every array of the launch, shared memory and the thread's own variables";
-    if (address < (std::uintptr_t)w.shared_end && address + size > (std::uintptr_t)w.shared_begin)
+    if (!w.dynamic && address < (std::uintptr_t)w.shared_end + 1024 && address + size > (std::uintptr_t)w.shared_end)
+        std::snprintf(where, sizeof where, "past the end of the shared memory of the block");
+    else if (address < (std::uintptr_t)w.shared_end && address + size > (std::uintptr_t)w.shared_begin)
         std::snprintf(where, sizeof where, "past the %zu bytes of dynamic shared memory of the launch", w.launch.shared_bytes);
     else {
         std::size_t least = 1 << 20;

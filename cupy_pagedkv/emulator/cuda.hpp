@@ -158,10 +158,19 @@ EMULATED_CALLED inline void* emulated_memcpy(void* to, const void* from, std::si
     emulated_touch(to, size, emulated::WRITE, __builtin_return_address(0));
     return std::memcpy(to, from, size);
 }
+EMULATED_CALLED inline void* emulated_memmove(void* to, const void* from, std::size_t size)
+{
+    emulated_touch(from, size, emulated::READ, __builtin_return_address(0));
+    emulated_touch(to, size, emulated::WRITE, __builtin_return_address(0));
+    return std::memmove(to, from, size);
+}
 EMULATED_CALLED inline void* emulated_memset(void* to, int value, std::size_t size)
 {
     emulated_touch(to, size, emulated::WRITE, __builtin_return_address(0));
     return std::memset(to, value, size);
+}
+namespace std {
+using ::emulated_memcpy, ::emulated_memmove, ::emulated_memset;
 }
 
 // Barriers and fences.
@@ -375,4 +384,8 @@ inline char* emulated_no_dynamic() { return nullptr; }
 
 // From here on the kernel's own text.
 #define memcpy emulated_memcpy
+#define memmove emulated_memmove
 #define memset emulated_memset
+#define __builtin_memcpy emulated_memcpy
+#define __builtin_memmove emulated_memmove
+#define __builtin_memset emulated_memset
