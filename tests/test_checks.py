@@ -192,6 +192,17 @@ def test_slices_may_reach_all_of_the_memory_they_are_part_of():
             kernel((1,), (8,), (whole[7:16],))
 
 
+def test_so_may_arrays_with_strides_of_their_own():
+    whole = np.arange(64, dtype=np.int32)
+    views = np.lib.stride_tricks.as_strided(whole[8:], (4,), (4,)), np.lib.stride_tricks.sliding_window_view(whole, 3)[5]
+    kernel = RawKernel('extern "C" __global__ void f(int* x) { ++x[threadIdx.x]; }', "f")
+    for view in views:
+        with emulate(check=True):
+            kernel((1,), (32,), (view,))
+            with pytest.raises(KernelError, match=r"past the end of an array of the launch \(256 bytes\)"):
+                kernel((1,), (64,), (view,))
+
+
 def test_variables_of_the_device_are_no_strangers():
     before = "__device__ int counter; __constant__ int table[2] = {5, 6};\n"
     _, y = run("y[threadIdx.x] = table[threadIdx.x % 2] + atomicAdd(&counter, 0);", before=before)

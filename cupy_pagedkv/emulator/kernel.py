@@ -196,7 +196,8 @@ def _value(argument: Any) -> npt.NDArray[Any]:
 
 def _region(array: npt.NDArray[Any]) -> _Region:
     """The memory of the array, and of the array whose memory it shares."""
-    whole = array
-    while isinstance(whole.base, np.ndarray):
-        whole = whole.base
+    whole, base = array, array.base
+    while base is not None:  # as_strided puts something else between
+        whole = base if isinstance(base, np.ndarray) else whole
+        base = getattr(base, "base", None)
     return _Region(*np.lib.array_utils.byte_bounds(whole), *np.lib.array_utils.byte_bounds(array))
