@@ -194,7 +194,10 @@ def test_slices_may_reach_all_of_the_memory_they_are_part_of():
 
 def test_so_may_arrays_with_strides_of_their_own():
     whole = np.arange(64, dtype=np.int32)
-    views = np.lib.stride_tricks.as_strided(whole[8:], (4,), (4,)), np.lib.stride_tricks.sliding_window_view(whole, 3)[5]
+    views = (
+        np.lib.stride_tricks.as_strided(whole[8:], (4,), (4,)),
+        np.lib.stride_tricks.sliding_window_view(whole, 3)[5],
+    )
     kernel = RawKernel('extern "C" __global__ void f(int* x) { ++x[threadIdx.x]; }', "f")
     for view in views:
         with emulate(check=True):

@@ -47,6 +47,29 @@ def test_wide_accesses_and_many_passes():
     assert launch.read == launch.written == Traffic(3, 3 * 512, 3 * 16, 3 * 512, 0, 1)
 
 
+@pytest.mark.parametrize(
+    ("struct", "requests", "sectors"),
+    [
+        ("struct P { float x, y, z; };", 3, 12),  # 4 bytes each, 12 apart
+        ("struct alignas(16) P { float x[8]; };", 2, 32),  # 16 bytes each, 32 apart
+        ("struct alignas(16) P { float x[4]; };", 1, 16),
+        ("struct alignas(8) P { float x[6]; };", 3, 24),
+        ("struct P { float x[20]; };", 5, 32),
+    ],
+)
+def test_a_struct_of_many_words_takes_many_requests(struct, requests, sectors):
+    """No GPU moves more than 16 bytes of a thread at once, and fewer where its size is no multiple of that."""
+    launch = measured(f"{struct} ((P*)y)[i] = ((const P*)x)[i];")
+    size = launch.read.bytes
+    assert launch.read == launch.written == Traffic(requests, size, requests * sectors, size, 0, 1)
+    words = size // 32 // 4
+    shared = measured(
+        f'{struct} __shared__ P s[32]; s[i] = ((const P*)x)[i]; asm volatile("" ::"r"(s) : "memory");'
+    ).shared
+    assert shared.requests == requests
+    assert shared.conflicts == {3: 0, 8: 8, 4: 0, 6: 0, 20: 0}[words]
+
+
 def test_a_request_has_the_lanes_that_are_there():
     assert measured("if (i % 4 == 1) y[i] = x[i];").read == Traffic(1, 32, 4, 32, 0, 1)
     assert measured("y[i] = x[i];", threads=40).read == Traffic(2, 160, 5, 160, 0, 1)
@@ -110,7 +133,7 @@ def test_collectives_barriers_and_lines():
     [read] = [line for line in launch.lines if not line.writes]
     assert (read.place, read.argument, read.traffic.requests) == ("f.cu:3", 0, 2)
     assert "argument 0: reads 256 B in 2 requests of 16 sectors, 50% used" in str(launch)
-    assert "f.cu:3: 50% of 16 sectors used" in str(launch)
+    assert "f.cu:3: 50% of 16 sectors used by its reads" in str(launch)
 
 
 def test_bytes_in_flight():

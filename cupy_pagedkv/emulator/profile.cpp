@@ -35,6 +35,12 @@ long Profile::array_of(std::uintptr_t address) const
 void Profile::touch(std::uintptr_t address, std::size_t size, int touch, const void* place)
 {
     if (w.thread().stack.holds(address, size)) return;
+    // An instruction moves 1, 2, 4, 8 or 16 bytes of a thread, from a multiple of as many: a struct may take several.
+    const std::size_t all = size | address | 16, width = all & ~(all - 1);
+    if (size > width && !(touch & ASYNC)) {
+        for (std::size_t i = 0; i < size; i += width) this->touch(address + i, width, touch, place);
+        return;
+    }
     const long array = array_of(address);
     if (array == NOT_COUNTED) return;
     const std::uint32_t here = (std::uint32_t)((std::uintptr_t)place - w.code);
