@@ -59,8 +59,6 @@ class _Library:
     path: Any
     kernel: _Kernel
     launch: Any
-    keep: Any
-    """Unloaded when nothing refers to it."""
 
 
 class RawKernel:
@@ -104,7 +102,7 @@ class RawKernel:
         library = ctypes.CDLL(str(path))
         launch = ctypes.CDLL(str(compile_runtime())).emulated_launch
         launch.restype = None
-        return _Library(path, _Kernel.in_dll(library, "emulated_kernel"), launch, library)
+        return _Library(path, _Kernel.in_dll(library, "emulated_kernel"), launch)
 
     def __call__(
         self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], *, shared_mem: int = 0

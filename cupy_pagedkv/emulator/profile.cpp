@@ -142,8 +142,6 @@ void Profile::end_block()
     for (const Thread& thread : w.threads) {
         collectives += thread.collectives;
         barriers += thread.barriers;
-        most_collectives = std::max<std::uint64_t>(most_collectives, thread.collectives);
-        most_barriers = std::max<std::uint64_t>(most_barriers, thread.barriers);
     }
 }
 
@@ -166,8 +164,8 @@ void Profile::report(Report& report)
             }
     kept_rows = rows;
     kept_bytes = bytes;
-    report = {kept_rows.size(), kept_bytes.size(), kept_rows.data(), kept_bytes.data(), most_collectives, most_barriers,
-              collectives, barriers, most_in_flight};
+    report = {kept_rows.size(), kept_bytes.size(), kept_rows.data(), kept_bytes.data(), collectives, barriers,
+              most_in_flight};
 }
 
 }  // namespace emulated
