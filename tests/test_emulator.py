@@ -415,6 +415,33 @@ def test_dynamic_shared_memory():
         assert x.tolist() == ([4 * i for i in range(32)] if not check else [2 * (31 - i) for i in range(32)])
 
 
+@pytest.mark.parametrize("check", [False, True])
+def test_dynamic_shared_memory_of_a_template(check):
+    before = "template <class T> __device__ T* memory() { extern __shared__ __align__(16) unsigned char bytes[]; return (T*)bytes; }\n"
+    body = "int* s = memory<int>(); s[threadIdx.x] = 5; __syncthreads(); x[threadIdx.x] = s[31 - threadIdx.x];"
+    code = f'{before}extern "C" __global__ void f(int* x) {{ {body} }}'
+    script = f"""if True:
+        import numpy as np
+        from cupy_pagedkv.emulator import RawKernel, emulate
+        x = np.zeros(32, np.int32)
+        with emulate(check={check}):
+            RawKernel({code!r}, "f")((1,), (32,), (x,), shared_mem=128)
+        print(x.sum())"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.stdout == "160\n", run
+
+
+@pytest.mark.parametrize("code", ["__device__ int g(int);", "#define SHARED(name) extern __shared__ int name[]"])
+def test_what_is_nowhere_defined_is_a_compile_error(code):
+    use = "x[0] = g(1);" if "g(" in code else "SHARED(s); s[0] = 1;"
+    with pytest.raises(
+        CompileError, match=r"(?s)symbol: (s|_Z1gi)\n.*`extern __shared__` arrays are found by their text"
+    ):
+        RawKernel(f'{code}\nextern "C" __global__ void f(int* x) {{ {use} }}', "f")(
+            (1,), (1,), (np.zeros(1, np.int32),)
+        )
+
+
 def test_limits_of_dynamic_shared_memory():
     large = RawKernel(
         'extern "C" __global__ void f(char* x) { extern __shared__ char s[]; s[0] = s[*(int*)x - 1] = 1; }', "f"

@@ -97,7 +97,10 @@ def compile_kernel(code: str, name: str, options: tuple[str, ...], arch: int, in
     flags = ["-std=c++17", "-O1", "-g1", "-gdwarf-4", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden"]
     flags += [f"-D__CUDA_ARCH__={arch}0", *options, *_own_flags()]
     flags += ["-fsanitize=alignment", "-fno-sanitize-recover=alignment", *(_CHECKED if instrumented else ())]
-    if instrumented and "clang" in _compiler(os.environ.get("CXX"), os.environ.get("PATH"))[1]:
+    clang = "clang" in _compiler(os.environ.get("CXX"), os.environ.get("PATH"))[1]
+    if not clang:
+        flags.append("-fno-extern-tls-init")  # GCC would call a function that begins `extern __shared__`: there is none
+    if instrumented and clang:
         raise CompileError("checks and profiles need g++, named by CXX: Clang copies structs past the instrument")
     dynamic = sorted(set(_DYNAMIC_SHARED.findall(code)))
     launcher = [f"EMULATED_KERNEL({name}, {'emulated_dynamic' if dynamic else 'emulated_no_dynamic'})"]

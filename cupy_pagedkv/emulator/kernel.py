@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .architectures import ARCHITECTURES
-from .compiler import compile_kernel, compile_runtime, place_of
+from .compiler import CompileError, compile_kernel, compile_runtime, place_of
 from .profiling import Report, launches_of, profile_of
 from .settings import Settings, settings
 
@@ -99,7 +99,13 @@ class RawKernel:
     def _load(self, arch: int, instrumented: bool) -> _Library:
         # `cupy.RawKernel` compiles on the first call, too.
         path = compile_kernel(self.code, self.name, self.options, arch, instrumented)
-        library = ctypes.CDLL(str(path))
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise CompileError(
+                f"{error}\n{self.name} needs what its source declares and nothing defines; `extern __shared__` arrays "
+                "are found by their text, and not behind a macro"
+            ) from None
         launch = ctypes.CDLL(str(compile_runtime())).emulated_launch
         launch.restype = None
         return _Library(path, _Kernel.in_dll(library, "emulated_kernel"), launch)
