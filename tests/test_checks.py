@@ -120,6 +120,22 @@ def test_the_last_block_may_read_what_all_made_known_by_a_fence_and_an_atomic():
     assert y[:192].tolist() == [(i ^ 1) % 64 for i in range(192)]
 
 
+@pytest.mark.parametrize("grid", [1, 3])
+def test_who_holds_a_lock_may_write_what_it_guards(grid):
+    body = """if (threadIdx.x % 32 == 0) { while (atomicCAS(x, 0, 1)) { } ACQUIRED
+        y[0] += 1; RELEASED atomicExch(x, 0); }"""
+    fence = "__threadfence();" if grid > 1 else "__threadfence_block();"
+    _, y = run(body.replace("ACQUIRED", fence).replace("RELEASED", fence), threads=128, grid=grid)
+    assert y[0] == 256 + 4 * grid
+    for first in ("", fence):  # the second orders what was written before it, the first does not
+        with pytest.raises(KernelError, match="race"):
+            run(body.replace("ACQUIRED", first).replace("RELEASED", ""), threads=128, grid=grid)
+    if grid > 1:  # a fence of a block says nothing to others
+        fence = "__threadfence_block();"
+        with pytest.raises(KernelError, match=r"race: .* of block \(1, 0, 0\)"):
+            run(body.replace("ACQUIRED", fence).replace("RELEASED", fence), threads=128, grid=grid)
+
+
 @pytest.mark.parametrize(
     ("body", "remedy", "message"),
     [
@@ -144,6 +160,20 @@ def test_a_stray_access_is_found(body, remedy, message):
     run(body.replace(wrong, remedy) if wrong else "if (threadIdx.x == 0) *x = 1;", shared_mem=256)
 
 
+@pytest.mark.parametrize("what", ["memcpy", "std::memcpy", "__builtin_memcpy", "memmove", "memset"])
+def test_a_stray_copy_is_found(what):
+    body = f"{what}(y + 16 * threadIdx.x, {0 if what == 'memset' else 'x'}, 64);"
+    _, y = run(body, threads=16)
+    assert y.tolist() == ([0] * 256 if what == "memset" else [*range(16)] * 16)
+    with pytest.raises(KernelError, match=r"f.cu:2: thread \(16, 0, 0\) .* writes 64 bytes .* 64 bytes past the end"):
+        run(body, threads=17)
+
+
+def test_past_shared_memory_that_is_not_dynamic():
+    with pytest.raises(KernelError, match=r"writes 4 bytes at .*, past the end of the shared memory of the block"):
+        run("__shared__ int s[64]; s[threadIdx.x + 64] = x[0]; if (x[1]) y[0] = s[x[2]];")
+
+
 def test_a_pointer_to_another_threads_variable_is_stray():
     """Local memory is each thread's own."""
     share = "__shared__ int* p; int mine = 1; if (threadIdx.x == 0) p = &mine; __syncthreads(); "
@@ -160,6 +190,20 @@ def test_slices_may_reach_all_of_the_memory_they_are_part_of():
         assert not whole[:8].any()
         with pytest.raises(KernelError, match="4 bytes before the beginning"):
             kernel((1,), (8,), (whole[7:16],))
+
+
+def test_so_may_arrays_with_strides_of_their_own():
+    whole = np.arange(64, dtype=np.int32)
+    views = (
+        np.lib.stride_tricks.as_strided(whole[8:], (4,), (4,)),
+        np.lib.stride_tricks.sliding_window_view(whole, 3)[5],
+    )
+    kernel = RawKernel('extern "C" __global__ void f(int* x) { ++x[threadIdx.x]; }', "f")
+    for view in views:
+        with emulate(check=True):
+            kernel((1,), (32,), (view,))
+            with pytest.raises(KernelError, match=r"past the end of an array of the launch \(256 bytes\)"):
+                kernel((1,), (64,), (view,))
 
 
 def test_variables_of_the_device_are_no_strangers():
@@ -185,6 +229,20 @@ def test_shared_memory_that_nobody_wrote_is_not_read():
     ):
         run(body.replace("WHICH", "!="))
     run(body.replace("WHICH", "< 64 || 0 =="))
+
+
+def test_nobody_writes_padding():
+    before = "struct Best { double value; int index; }; struct Small { char c; int i; };\n"
+    body = """int i = threadIdx.x; __shared__ Best s[64]; __shared__ Small t[64];
+        s[i].value = t[i].c = 1; WHAT = t[i].i = i; __syncthreads();
+        Best best = s[63 - i]; Small small = t[63 - i]; if (x[i] == -1) best = s[0], small = t[0];
+        *(Small*)(y + 2 * i) = small; y[i * 2] = best.index + (int)best.value;"""
+    _, y = run(body.replace("WHAT", "s[i].index"), before=before)
+    assert y[:128:2].tolist() == list(range(64, 0, -1))
+    with pytest.raises(KernelError, match="reads 4 bytes of shared memory"):
+        run("__shared__ int s[64][2]; s[threadIdx.x][1] = 1; __syncthreads(); y[threadIdx.x] = s[threadIdx.x][0];")
+    with pytest.raises(KernelError, match="reads 8 bytes of shared memory"):
+        run("__shared__ int2 s[64]; s[threadIdx.x].y = 1; __syncthreads(); ((int2*)y)[threadIdx.x] = s[threadIdx.x];")
 
 
 def test_what_another_block_left_in_shared_memory_was_not_written():

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import cupy_pagedkv.emulator.compiler as compiler
-from cupy_pagedkv.devices.sources import source_of
+from cupy_pagedkv.devices.sources import source_of, with_includes
 from cupy_pagedkv.emulator import CompileError, KernelError, RawKernel, emulate, profile
 
 
@@ -134,6 +134,70 @@ def test_a_kernel_that_is_stuck_is_an_error_and_the_next_launch_is_fine(body, me
     with pytest.raises(RuntimeError, match=message):
         run(body, 64)
     assert run("__syncthreads(); x[threadIdx.x] += 1;", 64)[:64].tolist() == list(range(1, 65))
+
+
+def outcome_of(body: str, *, check: bool, before: str = "", grid: int = 1, interrupt: bool = False) -> str:
+    """What another process says of the launch: had it crashed or hung, this one would not tell."""
+    code = f"""if True:
+        import os, signal, threading
+        import numpy as np
+        from cupy_pagedkv.emulator import RawKernel, emulate
+        x, kernel = np.zeros(256, np.int32), RawKernel({before + f'extern "C" __global__ void f(int* x) {{ {body} }}'!r}, "f")
+        if {interrupt}:
+            def stop():
+                while not x[0]:
+                    pass
+                os.kill(os.getpid(), signal.SIGINT)
+            threading.Thread(target=stop).start()
+        for _ in range(2):  # the second time the process is as sound as the first
+            try:
+                with emulate(check={check}):
+                    kernel(({grid},), (32,), (x,))
+            except (KeyboardInterrupt, RuntimeError) as error:
+                print(type(error).__name__, error)
+            if {interrupt}:
+                break
+        RawKernel('extern "C" __global__ void g(int* x) {{ __syncthreads(); x[threadIdx.x] = 5; }}', "g")((1,), (32,), (x,))
+        print("sound" if x[31] == 5 else x)
+        """
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 0, run
+    return run.stdout
+
+
+@pytest.mark.parametrize("check", [False, True])
+@pytest.mark.parametrize(
+    ("body", "before"),
+    [
+        ("volatile float big[60000]; for (int i = 0; i < 60000; ++i) big[i] = i; x[threadIdx.x] = big[x[threadIdx.x]];", ""),
+        ("x[threadIdx.x] = deep(x, threadIdx.x + 100000);",
+         "__device__ __attribute__((noinline)) int deep(volatile int* x, int n) { return n ? 1 + deep(x, n - 1) + x[0] : 0; }\n"),
+    ],
+    ids=["variables", "calls"],
+)  # fmt: skip
+def test_too_much_local_memory_is_an_error(body, before, check):
+    said = r"KernelError f: (f.cu:\d: )?thread \(0, 0, 0\) of block \(0, 0, 0\) needs more than 131072 bytes for its variables and calls\n"
+    assert re.fullmatch(f"{said}{said}sound\n", outcome_of(body, check=check, before=before))
+
+
+def test_an_access_to_no_memory_is_an_error():
+    said = r"KernelError f: f.cu:1: thread \(3, 0, 0\) of block \(0, 0, 0\) accesses address 0x10, where no memory is\n"
+    assert re.fullmatch(f"{said}{said}sound\n", outcome_of("if (threadIdx.x == 3) *(int*)16 = 1;", check=False))
+
+
+@pytest.mark.parametrize(
+    ("body", "check", "grid"),
+    [
+        ("x[0] = 1; volatile int* y = x + 9; while (!*y) { }", False, 1),
+        ("x[0] = 1; while (!atomicAdd(x + 9, 0)) { }", True, 1),
+        ("x[0] = 1; while (true) __syncthreads();", False, 1),
+        ("if (blockIdx.x > 9) { x[0] = 1; volatile int* y = x + 9; while (!*y) { } } else for (volatile int i = 0; i < 100000; i = i + 1) { }",
+         False, 100),
+    ],
+    ids=["nothing", "checked", "barriers", "many blocks"],
+)  # fmt: skip
+def test_a_launch_can_be_interrupted(body, check, grid):
+    assert re.fullmatch(r"KeyboardInterrupt \nsound\n", outcome_of(body, check=check, grid=grid, interrupt=True))
 
 
 def test_threads_that_returned_or_never_were_count_as_arrived():
@@ -353,6 +417,33 @@ def test_dynamic_shared_memory():
         assert x.tolist() == ([4 * i for i in range(32)] if not check else [2 * (31 - i) for i in range(32)])
 
 
+@pytest.mark.parametrize("check", [False, True])
+def test_dynamic_shared_memory_of_a_template(check):
+    before = "template <class T> __device__ T* memory() { extern __shared__ __align__(16) unsigned char bytes[]; return (T*)bytes; }\n"
+    body = "int* s = memory<int>(); s[threadIdx.x] = 5; __syncthreads(); x[threadIdx.x] = s[31 - threadIdx.x];"
+    code = f'{before}extern "C" __global__ void f(int* x) {{ {body} }}'
+    script = f"""if True:
+        import numpy as np
+        from cupy_pagedkv.emulator import RawKernel, emulate
+        x = np.zeros(32, np.int32)
+        with emulate(check={check}):
+            RawKernel({code!r}, "f")((1,), (32,), (x,), shared_mem=128)
+        print(x.sum())"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.stdout == "160\n", run
+
+
+@pytest.mark.parametrize("code", ["__device__ int g(int);", "#define SHARED(name) extern __shared__ int name[]"])
+def test_what_is_nowhere_defined_is_a_compile_error(code):
+    use = "x[0] = g(1);" if "g(" in code else "SHARED(s); s[0] = 1;"
+    with pytest.raises(
+        CompileError, match=r"(?s)symbol: (s|_Z1gi)\n.*`extern __shared__` arrays are found by their text"
+    ):
+        RawKernel(f'{code}\nextern "C" __global__ void f(int* x) {{ {use} }}', "f")(
+            (1,), (1,), (np.zeros(1, np.int32),)
+        )
+
+
 def test_limits_of_dynamic_shared_memory():
     large = RawKernel(
         'extern "C" __global__ void f(char* x) { extern __shared__ char s[]; s[0] = s[*(int*)x - 1] = 1; }', "f"
@@ -472,6 +563,86 @@ def test_cuda_that_is_not_there_is_named(code, message):
         kernel(code)((1,), (1,), (np.zeros(1, np.int32),))
 
 
+def test_a_kernel_that_is_not_there_is_named():
+    with pytest.raises(CompileError, match=r"There is no kernel `g` in this source: .*extern"):
+        RawKernel('extern "C" __global__ void f(int* x) {}', "g")((1,), (1,), ())
+    with pytest.raises(CompileError, match="does not know h. If"):
+        RawKernel('extern "C" __global__ void g(int* x) { h(x); }', "g")((1,), (1,), (np.zeros(1, np.int32),))
+
+
+def test_options_may_have_braces():
+    x = np.zeros(1, np.int32)
+    RawKernel('extern "C" __global__ void f(int* x) { int y[] = VALUES; *x = y[1]; }', "f", ("-DVALUES={3,4}",))(
+        (1,), (1,), (x,)
+    )
+    assert x[0] == 4
+
+
+def test_functions_of_floats_are_those_of_floats():
+    """The C library has `int abs(int)`, CUDA has one of each type."""
+    x = np.full(8, -0.5, np.float32)
+    body = """x[0] = abs(x[0]); x[1] = isnan(x[1]) + isinf(x[1]) + isfinite(x[1]) + signbit(x[1]); x[2] = abs(-3ll);
+        x[3] = sizeof(sqrt(x[3])) + sizeof(pow(x[3], 2.f)) + sizeof(exp(x[3])); x[4] = abs(-0.25); x[5] = sizeof(exp(2.));"""
+    kernel(body, "float* x")((1,), (1,), (x,))
+    assert x.tolist() == [0.5, 2, 3, 12, 0.25, 8, -0.5, -0.5]
+
+
+def test_constants_may_be_static():
+    x = np.zeros(1, np.int32)
+    code = """static __constant__ int a[2] = {1, 2}; __constant__ int b = 3; extern "C" { __device__ __constant__ int c = 4; }
+    extern "C" __global__ void f(int* x) { *x = a[1] + b + c; }"""
+    RawKernel(code, "f")((1,), (1,), (x,))
+    assert x[0] == 9
+
+
+def test_a_kernel_may_have_functions_named_like_those_of_ptx_cuh():
+    code = """__device__ float bf16_to_f32(unsigned short x) { return __uint_as_float((unsigned)x << 16) + 1; }
+    extern "C" __global__ void f(float* x) { *x = bf16_to_f32(0x3f80); }"""
+    x = np.zeros(1, np.float32)
+    RawKernel(code, "f")((1,), (1,), (x,))
+    assert x[0] == 2
+
+
+def test_an_assertion_is_an_error_whatever_is_included():
+    code = '#include <cassert>\nextern "C" __global__ void f(int* x) { assert(*x == 0); }'
+    RawKernel(code, "f")((1,), (1,), (np.zeros(1, np.int32),))
+    with pytest.raises(KernelError, match=r"f.cu:2: thread .* stops the launch: assertion failed: \*x == 0"):
+        RawKernel(code, "f")((1,), (1,), (np.ones(1, np.int32),))
+
+
+@pytest.mark.parametrize("present", [16, 31])
+def test_instructions_of_a_whole_warp_need_a_whole_warp(present):
+    code = with_includes(
+        '#include "ptx.cuh"\n#line 1 "f.cu"\nextern "C" __global__ void f(float* x, int n) {\nif (threadIdx.x >= n) return; '
+        "unsigned a[4] = {}, b[2] = {}; mma_m16n8k16_f16((float(&)[4])*x, a, b); }", "f.cu"
+    )  # fmt: skip
+    x = np.zeros(4, np.float32)
+    f = RawKernel(code, "f")
+    f((1,), (32,), (x, np.int32(32)))
+    for threads in (present, 32):
+        with pytest.raises(
+            KernelError, match=r"f.cu:2: thread .* needs all 32 lanes of its warp, and lanes \w+ are there"
+        ):
+            f((1,), (threads,), (x, np.int32(present)))
+
+
+@pytest.mark.parametrize("type", ["int", "unsigned long long"])
+def test_a_misaligned_atomic_stops(type):
+    x = np.zeros(4, np.int64)
+    body = f"atomicAdd(({type}*)((char*)x + offset), ({type})1);"
+    for offset in (8, 4 if type == "int" else 8):
+        kernel(body, "long long* x, int offset")((1,), (1,), (x, np.int32(offset)))
+    with pytest.raises(
+        KernelError, match=r"f.cu:1: thread .* atomically changes \d bytes at address .* not a multiple"
+    ):
+        kernel(body, "long long* x, int offset")((1,), (1,), (x, np.int32(2)))
+
+
+def test_no_atomic_of_one_byte():
+    with pytest.raises(CompileError, match="2, 4 or 8 bytes"):
+        kernel("atomicAdd(x, (unsigned char)1);", "unsigned char* x")((1,), (1,), (np.zeros(1, np.uint8),))
+
+
 def test_a_header_that_is_not_there_is_named():
     with pytest.raises(CompileError, match=r"(?s)No header of CUDA's is here, cuda_fp16.h neither.*cuda\.hpp"):
         RawKernel('#include <cuda_fp16.h>\nextern "C" __global__ void f() {}', "f")((1,), (1,), ())
@@ -505,9 +676,9 @@ def test_each_compiler_sees_copies_of_structs(cxx):
     arrays = [np.ones(256, np.float32) for _ in range(4)]
     with profile() as launches:
         RawKernel(code.replace("{}", body), "f")((1,), (32,), arrays)
-    traffic = [launches[0].arrays[i] for i in range(4)]  # requests, bytes, sectors
-    assert [of.read[:3] for of in traffic] == [(2, 1024, 32), (0, 0, 0), (3, 1024 + 128, 32 + 4), (0, 0, 0)]
-    assert [of.written[:3] for of in traffic] == [(0, 0, 0), (2, 512 + 128, 16 + 4), (0, 0, 0), (4, 1024 + 192, 32 + 6)]
+    traffic = [launches[0].arrays[i] for i in range(4)]  # requests of 16 bytes a thread, bytes, sectors
+    assert [of.read[:3] for of in traffic if of.read.bytes] == [(2, 1024, 32), (10, 1024 + 128, 64 + 8)]
+    assert [of.written[:3] for of in traffic if of.written.bytes] == [(2, 640, 16 + 4), (14, 1024 + 192, 64 + 12)]
     for wrong, message in [
         ("b[i / 2] = a[i];", "race: .* writes 16 bytes"),
         ("b[i] = a[i + 64];", "reads 16 bytes .* past the end"),
@@ -542,13 +713,6 @@ def test_the_inverse_of_erfc():
     assert [math.erfc(value) for value in x[:6]] == pytest.approx(y[:6], rel=1e-12)
     assert x[6:8].tolist() == [math.inf, -math.inf]
     assert np.isnan(x[8:]).all()
-
-
-def test_functions_of_the_c_library_have_overloads_as_on_the_device():
-    x = np.array([-0.75, 2.0], np.float32)
-    body = "x[0] = abs(x[0]) + (sizeof(exp(x[1])) == 4) + (sizeof(exp(2.)) == 8) + (sizeof(abs(-1ll)) == 8);"
-    kernel(body, "float* x")((1,), (1,), (x,))
-    assert x[0] == 3.75
 
 
 @pytest.mark.parametrize(

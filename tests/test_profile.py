@@ -47,6 +47,29 @@ def test_wide_accesses_and_many_passes():
     assert launch.read == launch.written == Traffic(3, 3 * 512, 3 * 16, 3 * 512, 0, 1)
 
 
+@pytest.mark.parametrize(
+    ("struct", "requests", "sectors"),
+    [
+        ("struct P { float x, y, z; };", 3, 12),  # 4 bytes each, 12 apart
+        ("struct alignas(16) P { float x[8]; };", 2, 32),  # 16 bytes each, 32 apart
+        ("struct alignas(16) P { float x[4]; };", 1, 16),
+        ("struct alignas(8) P { float x[6]; };", 3, 24),
+        ("struct P { float x[20]; };", 5, 32),
+    ],
+)
+def test_a_struct_of_many_words_takes_many_requests(struct, requests, sectors):
+    """No GPU moves more than 16 bytes of a thread at once, and fewer where its size is no multiple of that."""
+    launch = measured(f"{struct} ((P*)y)[i] = ((const P*)x)[i];")
+    size = launch.read.bytes
+    assert launch.read == launch.written == Traffic(requests, size, requests * sectors, size, 0, 1)
+    words = size // 32 // 4
+    shared = measured(
+        f'{struct} __shared__ P s[32]; s[i] = ((const P*)x)[i]; asm volatile("" ::"r"(s) : "memory");'
+    ).shared
+    assert shared.requests == requests
+    assert shared.conflicts == {3: 0, 8: 8, 4: 0, 6: 0, 20: 0}[words]
+
+
 def test_a_request_has_the_lanes_that_are_there():
     assert measured("if (i % 4 == 1) y[i] = x[i];").read == Traffic(1, 32, 4, 32, 0, 1)
     assert measured("y[i] = x[i];", threads=40).read == Traffic(2, 160, 5, 160, 0, 1)
@@ -95,13 +118,22 @@ def test_bank_conflicts_of_ldmatrix(row, ways):
     assert launch.matrices == SharedTraffic(1, 4 * ways, 4)
 
 
+def test_lanes_that_touch_two_arrays_at_one_place_make_a_request_of_each():
+    """And one of shared memory."""
+    launch = measured("float* p = i % 2 ? y : (float*)x; p[i] = 1;")
+    assert launch.arrays[0].written == launch.arrays[1].written == Traffic(1, 64, 4, 64, 0, 1)
+    launch = measured("__shared__ float s[32]; s[i] = 0; __syncwarp(); const float* p = i < 16 ? x : s; y[i] = p[i];")
+    assert launch.arrays[0].read == Traffic(1, 64, 2, 64, 0, 1)
+    assert launch.shared == SharedTraffic(2, 2, 2)
+
+
 def test_collectives_barriers_and_lines():
     launch = measured("y[i] = __shfl_xor_sync(~0u, x[2 * i], 1);\nif (i < 32) __syncwarp(); __syncthreads();", 64)
     assert (launch.collectives, launch.barriers) == (1.5, 1)
     [read] = [line for line in launch.lines if not line.writes]
     assert (read.place, read.argument, read.traffic.requests) == ("f.cu:3", 0, 2)
     assert "argument 0: reads 256 B in 2 requests of 16 sectors, 50% used" in str(launch)
-    assert "f.cu:3: 50% of 16 sectors used" in str(launch)
+    assert "f.cu:3: 50% of 16 sectors used by its reads" in str(launch)
 
 
 def test_bytes_in_flight():

@@ -1,8 +1,8 @@
 // checks.cpp: races, stray accesses, and reads of what was not written or has not arrived.
 //
 // Two accesses are ordered if one thread made both, if a __syncthreads of their block lies between them, if a chain of
-// __syncwarp leads from one lane to the other (a vector clock a lane), or if one block made the first known by a fence and
-// an atomic access, and the other block came to an atomic access later. Shuffles and votes order nothing (CUDA programming
+// __syncwarp leads from one lane to the other (a vector clock a lane), or if one thread made the first known by a fence and
+// an atomic access, and the other came to an atomic access later. Shuffles and votes order nothing (CUDA programming
 // guide, "Warp Shuffle Functions": they "do not imply a memory barrier"). What is not ordered is a race, whatever order the
 // threads happened to run in here.
 
@@ -39,7 +39,7 @@ Checks::Checks(Worker& worker, const std::vector<Region>& of_library) : w(worker
 void Checks::begin_block()
 {
     stamp_of.assign(w.threads.size(), 0);
-    fenced.assign(w.threads.size(), false);
+    fenced.assign(w.threads.size(), {NO_FENCE, 0});
     for (auto& warp : clocks) std::fill(warp.begin(), warp.end(), 0);
     for (auto& warp : clocks)
         for (int lane = 0; lane < 32; ++lane) warp[lane * 33] = 1;
@@ -64,12 +64,15 @@ bool Checks::ordered(std::uint32_t earlier) const
     const Stamp& then = stamps[earlier];
     if (then.block == w.block) {
         if (then.thread == w.current || then.barriers < barriers) return true;
-        return then.thread / 32 == w.current / 32
-               && clocks[w.current / 32][w.current % 32 * 32 + then.thread % 32] >= then.clock;
+        if (then.thread / 32 == w.current / 32
+            && clocks[w.current / 32][w.current % 32 * 32 + then.thread % 32] >= then.clock)
+            return true;
     }
     for (const Release& release : releases) {
-        if (release.block != then.block || earlier >= release.stamps) continue;
-        if (then.barriers >= release.barriers && then.thread != release.thread) continue;
+        const bool own = then.thread == release.thread;
+        if (release.block != then.block || earlier >= (own ? release.own_stamps : release.stamps)) continue;
+        if (release.fence != OF_DEVICE && then.block != w.block) continue;
+        if (then.barriers >= release.barriers && !own) continue;
         for (const Acquire& acquire : acquires)
             if (acquire.time > release.time && (acquire.barriers < barriers || acquire.thread == w.current)) return true;
     }
@@ -98,13 +101,18 @@ void Checks::sync_block()
     std::fill(stamp_of.begin(), stamp_of.end(), 0);
 }
 
-void Checks::fence() { fenced[w.current] = true; }
+void Checks::fence(Fence fence)
+{
+    fenced[w.current] = {std::max(fenced[w.current].fence, fence), (std::uint32_t)stamps.size()};
+    stamp_of[w.current] = 0;
+}
 
 void Checks::synchronise_atomic()
 {
     acquires.push_back({++time, w.current, barriers});
-    if (!fenced[w.current]) return;
-    releases.push_back({w.block, ++time, w.current, barriers, (std::uint32_t)stamps.size()});
+    const Fenced& mine = fenced[w.current];
+    if (mine.fence == NO_FENCE) return;
+    releases.push_back({w.block, ++time, w.current, barriers, (std::uint32_t)stamps.size(), mine.stamps, mine.fence});
     stamp_of[w.current] = 0;
 }
 
@@ -123,7 +131,9 @@ Checks::Space Checks::space_of(std::uintptr_t address, std::size_t size, int tou
     for (const Region& segment : segments)
         if (inside(segment)) return GLOBAL;  // `__device__` and `__constant__` variables
     char where[160] = "outside every array of the launch, shared memory and the thread's own variables";
-    if (address < (std::uintptr_t)w.shared_end && address + size > (std::uintptr_t)w.shared_begin)
+    if (!w.dynamic && address < (std::uintptr_t)w.shared_end + 1024 && address + size > (std::uintptr_t)w.shared_end)
+        std::snprintf(where, sizeof where, "past the end of the shared memory of the block");
+    else if (address < (std::uintptr_t)w.shared_end && address + size > (std::uintptr_t)w.shared_begin)
         std::snprintf(where, sizeof where, "past the %zu bytes of dynamic shared memory of the launch", w.launch.shared_bytes);
     else {
         std::size_t least = 1 << 20;
@@ -190,7 +200,8 @@ void Checks::touch(std::uintptr_t address, std::size_t size, int touch, const vo
             fail(place, (const void*)(w.code + (c.write_place & PLACE)),
                  "{0}: " WHO " %s %zu bytes at address 0x%zx, where an asynchronous copy is to arrive that began at {1} and "
                  "has not been waited for", ME, verb(touch), size, (std::size_t)address);
-        if (space == SHARED && !(touch & WRITE) && !c.write)
+        // The first byte of a struct is never padding, which nobody writes; others may be.
+        if (i == 0 && space == SHARED && !(touch & WRITE) && !c.write)
             fail(place, nullptr, "{0}: " WHO " %s %zu bytes of shared memory at address 0x%zx, which no thread of the block "
                  "has written", ME, verb(touch), size, (std::size_t)address);
         if (c.write && c.write != now && !(atomic && c.write_place & ATOMIC_PLACE) && !ordered(c.write))

@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstring>
 
+namespace emulated_ptx {  // which ptx.cuh uses: a kernel without it may have functions of these names
+
 // Conversions ("cvt"): to nearest even; every NaN becomes 0x7fff, as on the device.
 inline float f16_to_f32(unsigned short x)
 {
@@ -41,7 +43,9 @@ inline float ex2_approx(float x)
 }
 inline float tanh_approx(float x) { return tanhf(x); }
 
-namespace emulated {
+namespace of_warp {
+
+using namespace emulated;
 
 // What a lane brings to an mma: its registers of a and of b.
 template <int A, int B> struct Registers {
@@ -92,7 +96,7 @@ EMULATED_UNSEEN void ldmatrix(unsigned (&r)[COUNT], const void* row, const void*
     const int lane = (int)emulated_lane(), g = lane / 4, t = lane % 4;
     unsigned short numbers[8] = {};
     if (lane < 8 * COUNT) {
-        if ((std::uintptr_t)row % 16) emulated_unaligned_row(row, place);
+        if ((std::uintptr_t)row % 16) emulated_unaligned("gives ldmatrix a row of", row, 16, place);
         emulated_touch(row, 16, READ | MATRIX, place);
         std::memcpy(numbers, row, sizeof numbers);
     }
@@ -107,26 +111,26 @@ EMULATED_UNSEEN void ldmatrix(unsigned (&r)[COUNT], const void* row, const void*
     }
 }
 
-}  // namespace emulated
+}  // namespace of_warp
 
 EMULATED_INLINE void mma_m16n8k8_f16(float (&d)[4], const unsigned (&a)[2], unsigned b, unsigned line = __builtin_LINE())
 {
-    emulated::mma<8>(d, a, &b, false, line);
+    of_warp::mma<8>(d, a, &b, false, line);
 }
 EMULATED_INLINE void mma_m16n8k16_f16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], unsigned line = __builtin_LINE())
 {
-    emulated::mma<16>(d, a, b, false, line);
+    of_warp::mma<16>(d, a, b, false, line);
 }
 EMULATED_INLINE void mma_m16n8k16_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], unsigned line = __builtin_LINE())
 {
-    emulated::mma<16>(d, a, b, true, line);
+    of_warp::mma<16>(d, a, b, true, line);
 }
 
 #define EMULATED_LDMATRIX(name, count, trans)                                                                        \
     EMULATED_CALLED inline void name(unsigned (&r)[count], const void* row,                \
                                                                unsigned line = __builtin_LINE())                     \
     {                                                                                                                \
-        emulated::ldmatrix<count, trans>(r, row, __builtin_return_address(0), line);                                 \
+        of_warp::ldmatrix<count, trans>(r, row, __builtin_return_address(0), line);                                 \
     }
 EMULATED_LDMATRIX(ldmatrix_x1, 1, false)
 EMULATED_LDMATRIX(ldmatrix_x2, 2, false)
@@ -143,3 +147,5 @@ template <int SIZE> EMULATED_INLINE void cp_async(void* shared, const void* glob
 EMULATED_INLINE void cp_async_commit() { emulated_cp_async_commit(); }
 template <int N> EMULATED_INLINE void cp_async_wait() { emulated_cp_async_wait(N); }
 EMULATED_INLINE void cp_async_wait_all() { emulated_cp_async_wait(~0u); }
+
+}  // namespace emulated_ptx
