@@ -21,17 +21,9 @@ static const char* verb(int touch)
 #define WHO "thread (%u, %u, %u) of block (%u, %u, %u)"
 #define ME threadIdx.x, threadIdx.y, threadIdx.z, blockIdx.x, blockIdx.y, blockIdx.z
 
-Checks::Checks(Worker& worker, const std::vector<Region>& of_library) : w(worker), segments(of_library), stamps(1)
+Checks::Checks(Worker& worker, const std::vector<Region>& of_library)
+    : w(worker), arrays(w.launch.regions, w.launch.regions + w.launch.num_regions), segments(of_library), stamps(1)
 {
-    for (std::size_t i = 0; i < w.launch.num_regions; ++i) arrays.push_back(w.launch.regions[i]);
-    std::sort(arrays.begin(), arrays.end(), [](const Region& a, const Region& b) { return a.begin < b.begin; });
-    std::size_t n = 0;  // slices of one array become one region
-    for (const Region& region : arrays)
-        if (n && region.begin < arrays[n - 1].end)
-            arrays[n - 1].end = std::max(arrays[n - 1].end, region.end);
-        else
-            arrays[n++] = region;
-    arrays.resize(n);
     shared.resize((std::size_t)(w.shared_end - w.shared_begin));
     clocks.assign(w.warps.size(), std::vector<std::uint32_t>(32 * 32));
 }
@@ -43,7 +35,6 @@ void Checks::begin_block()
     for (auto& warp : clocks) std::fill(warp.begin(), warp.end(), 0);
     for (auto& warp : clocks)
         for (int lane = 0; lane < 32; ++lane) warp[lane * 33] = 1;
-    barriers = 0;
     acquires.clear();
     in_flight.clear();
 }
@@ -63,7 +54,7 @@ bool Checks::ordered(std::uint32_t earlier) const
 {
     const Stamp& then = stamps[earlier];
     if (then.block == w.block) {
-        if (then.thread == w.current || then.barriers < barriers) return true;
+        if (then.barriers < barriers) return true;
         return then.thread / 32 == w.current / 32
                && clocks[w.current / 32][w.current % 32 * 32 + then.thread % 32] >= then.clock;
     }
@@ -71,7 +62,7 @@ bool Checks::ordered(std::uint32_t earlier) const
         if (release.block != then.block || earlier >= release.stamps) continue;
         if (then.barriers >= release.barriers && then.thread != release.thread) continue;
         for (const Acquire& acquire : acquires)
-            if (acquire.time > release.time && (acquire.barriers < barriers || acquire.thread == w.current)) return true;
+            if (acquire.barriers < barriers || acquire.thread == w.current) return true;
     }
     return false;
 }
@@ -102,9 +93,9 @@ void Checks::fence() { fenced[w.current] = true; }
 
 void Checks::synchronise_atomic()
 {
-    acquires.push_back({++time, w.current, barriers});
+    acquires.push_back({w.current, barriers});
     if (!fenced[w.current]) return;
-    releases.push_back({w.block, ++time, w.current, barriers, (std::uint32_t)stamps.size()});
+    releases.push_back({w.block, w.current, barriers, (std::uint32_t)stamps.size()});
     stamp_of[w.current] = 0;
 }
 
@@ -114,9 +105,8 @@ Checks::Space Checks::space_of(std::uintptr_t address, std::size_t size, int tou
     if (thread.stack.holds(address, size)) return OWN;
     if (w.in_shared(address, size)) return SHARED;
     const auto inside = [&](const Region& r) { return address >= r.begin && address + size <= r.end; };
-    if (last_array < arrays.size() && inside(arrays[last_array])) return GLOBAL;
-    for (std::size_t i = 0; i < arrays.size(); ++i)
-        if (inside(arrays[i])) return last_array = i, GLOBAL;
+    for (const Region& array : arrays)
+        if (inside(array)) return GLOBAL;
     for (const auto* index : {&threadIdx, &blockIdx, &blockDim, &gridDim})
         if (address >= (std::uintptr_t)index && address + size <= (std::uintptr_t)(index + 1)) return OWN;
     for (const Region& segment : segments)
@@ -126,16 +116,16 @@ Checks::Space Checks::space_of(std::uintptr_t address, std::size_t size, int tou
         std::snprintf(where, sizeof where, "past the %zu bytes of dynamic shared memory of the launch", w.launch.shared_bytes);
     else {
         std::size_t least = 1 << 20;
-        for (std::size_t i = 0; i < arrays.size(); ++i) {
-            const bool behind = address >= arrays[i].begin;
-            const std::size_t distance = behind ? address + size - arrays[i].end : arrays[i].begin - address;
+        for (const Region& array : arrays) {
+            const bool behind = address >= array.begin;
+            const std::size_t distance = behind ? address + size - array.end : array.begin - address;
             if (distance >= least) continue;
             least = distance;
             std::snprintf(where, sizeof where, "%zu bytes %s of an array of the launch (%zu bytes)", distance,
-                          behind ? "past the end" : "before the beginning", (std::size_t)(arrays[i].end - arrays[i].begin));
+                          behind ? "past the end" : "before the beginning", (std::size_t)(array.end - array.begin));
         }
         for (unsigned i = 0; i < w.threads.size(); ++i)
-            if (i != w.current && w.threads[i].stack.low && w.threads[i].stack.low != thread.stack.low
+            if (w.threads[i].stack.low && w.threads[i].stack.low != thread.stack.low
                 && w.threads[i].stack.holds(address, size))
                 std::snprintf(where, sizeof where, "in a variable of another thread (%u)", i);
     }
@@ -146,7 +136,7 @@ Checks::Space Checks::space_of(std::uintptr_t address, std::size_t size, int tou
 Cell& Checks::cell(std::uintptr_t address, Space space)
 {
     if (space == SHARED) return shared[address - (std::uintptr_t)w.shared_begin];
-    if (address / PAGE != last_page || !last_cells) {
+    if (address / PAGE != last_page) {
         auto& cells = pages[address / PAGE];
         if (!cells) cells.reset(new Cell[PAGE]());
         last_cells = cells.get();
@@ -184,8 +174,7 @@ void Checks::touch(std::uintptr_t address, std::size_t size, int touch, const vo
     for (std::size_t i = 0; i < size; ++i) {
         Cell& c = cell(address + i, space);
         if (space == SHARED && c.write && stamps[c.write].block != w.block) c = {};
-        if (space == SHARED && c.read[0] && stamps[c.read[0]].block != w.block) c = {};
-        if (c.write_place & ASYNC_PLACE && !(touch & ASYNC && c.write == now))
+        if (c.write_place & ASYNC_PLACE)
             fail(place, (const void*)(w.code + (c.write_place & PLACE)),
                  "{0}: " WHO " %s %zu bytes at address 0x%zx, where an asynchronous copy is to arrive that began at {1} and "
                  "has not been waited for", ME, verb(touch), size, (std::size_t)address);
@@ -226,7 +215,7 @@ void Checks::copy_began(const Copy& copy)
 void Checks::copy_arrived(const Copy& copy)
 {
     for (std::size_t i = 0; i < in_flight.size(); ++i)
-        if (in_flight[i].to == copy.to && in_flight[i].from == copy.from) {
+        if (in_flight[i].to == copy.to) {
             in_flight[i] = in_flight.back();
             in_flight.pop_back();
             break;
@@ -240,7 +229,7 @@ void Checks::copy_arrived(const Copy& copy)
 using emulated::READ;
 using emulated::WRITE;
 
-// What -fsanitize=thread makes a compiler call at each access. libtsan is not linked: these are all of it.
+// What -fsanitize=thread makes GCC call at each access. libtsan is not linked: these are all of it.
 #define HOOK(name, size, touch)                                                                 \
     __attribute__((visibility("default"))) void name(void* address)                            \
     {                                                                                          \
@@ -248,11 +237,7 @@ using emulated::WRITE;
     }
 #define HOOKS(size)                                       \
     HOOK(__tsan_read##size, size, READ)                   \
-    HOOK(__tsan_write##size, size, WRITE)                 \
-    HOOK(__tsan_unaligned_read##size, size, READ)         \
-    HOOK(__tsan_unaligned_write##size, size, WRITE)       \
-    HOOK(__tsan_volatile_read##size, size, READ)          \
-    HOOK(__tsan_volatile_write##size, size, WRITE)
+    HOOK(__tsan_write##size, size, WRITE)
 
 extern "C" {
 HOOKS(1)
@@ -272,5 +257,4 @@ void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
-void __tsan_vptr_read(void**) {}
 }

@@ -36,30 +36,27 @@ private:
 
     // What one block made known to others: by a fence and an atomic access behind it, all up to there.
     struct Release {
-        std::uint64_t block, time;
+        std::uint64_t block;
         std::uint32_t thread, barriers, stamps;
     };
     struct Acquire {
-        std::uint64_t time;
         std::uint32_t thread, barriers;
     };
 
     Worker& w;
     std::vector<Region> arrays, segments;
-    std::size_t last_array = 0;
     std::vector<Stamp> stamps;
     std::vector<std::uint32_t> stamp_of;              // of each thread of the block, now; 0: none yet
     std::vector<std::vector<std::uint32_t>> clocks;   // of each warp: [lane][other] how far the lane knows the other
-    std::uint32_t barriers = 0;                       // of the block so far
+    std::uint32_t barriers = 0;                       // of the launch so far
     std::vector<Cell> shared;
     std::unordered_map<std::uintptr_t, std::unique_ptr<Cell[]>> pages;
-    std::uintptr_t last_page = 0;
+    std::uintptr_t last_page = 0;  // where nothing lies
     Cell* last_cells = nullptr;
     std::vector<Copy> in_flight;
     std::vector<bool> fenced;
     std::vector<Release> releases;
     std::vector<Acquire> acquires;
-    std::uint64_t time = 0;
 
     Space space_of(std::uintptr_t address, std::size_t size, int touch, const void* place);
     Cell& cell(std::uintptr_t address, Space space);

@@ -29,7 +29,7 @@ long Profile::array_of(std::uintptr_t address) const
         if (address >= regions[i].begin && address < regions[i].end) return (long)i;
     for (const auto* index : {&threadIdx, &blockIdx, &blockDim, &gridDim})
         if (address >= (std::uintptr_t)index && address < (std::uintptr_t)(index + 1)) return NOT_COUNTED;
-    return w.thread().stack.holds(address, 1) ? NOT_COUNTED : DEVICE_VARIABLE;
+    return DEVICE_VARIABLE;
 }
 
 void Profile::touch(std::uintptr_t address, std::size_t size, int touch, const void* place)
@@ -72,9 +72,7 @@ void Profile::request(const Event* begin, const Event* end)
 
     if (array == SHARED_MEMORY) {
         // An event of ldmatrix is a row of 16 bytes: eight, of eight lanes, are a matrix.
-        std::uint32_t width = 4;
-        for (const Event* e = begin; e != end; ++e) width = std::max(width, e->size);
-        const unsigned together = width <= 4 ? 32 : width <= 8 ? 16 : 8;  // lanes
+        const unsigned together = begin->size <= 4 ? 32 : begin->size <= 8 ? 16 : 8;  // lanes
         std::vector<std::uintptr_t> words;
         for (unsigned first = 0; first < 32; first += together) {
             words.clear();
@@ -88,7 +86,6 @@ void Profile::request(const Event* begin, const Event* end)
             for (const std::uintptr_t word : words) most = std::max(most, ++banks[word % 32]);
             row.wavefronts += most;
             row.least += 1;
-            row.bytes += words.size() * 4;
         }
         return;
     }
@@ -136,8 +133,6 @@ void Profile::end_block()
     for (const Thread& thread : w.threads) {
         collectives += thread.collectives;
         barriers += thread.barriers;
-        most_collectives = std::max<std::uint64_t>(most_collectives, thread.collectives);
-        most_barriers = std::max<std::uint64_t>(most_barriers, thread.barriers);
     }
 }
 
@@ -160,8 +155,8 @@ void Profile::report(Report& report)
             }
     kept_rows = rows;
     kept_bytes = bytes;
-    report = {kept_rows.size(), kept_bytes.size(), kept_rows.data(), kept_bytes.data(), most_collectives, most_barriers,
-              collectives, barriers, most_in_flight};
+    report = {kept_rows.size(), kept_bytes.size(), kept_rows.data(), kept_bytes.data(), collectives, barriers,
+              most_in_flight};
 }
 
 }  // namespace emulated

@@ -44,10 +44,7 @@ class Report(ctypes.Structure):
         ("num_bytes", ctypes.c_uint64),
         ("rows", ctypes.POINTER(_Row)),
         ("bytes", ctypes.POINTER(_Bytes)),
-        *(
-            (name, ctypes.c_uint64)
-            for name in ("most_collectives", "most_barriers", "collectives", "barriers", "in_flight")
-        ),
+        *((name, ctypes.c_uint64) for name in ("collectives", "barriers", "in_flight")),
     )
 
 

@@ -10,8 +10,7 @@ inline float f16_to_f32(unsigned short x)
 {
     const int exponent = x >> 10 & 31, mantissa = x & 1023;
     const float sign = x & 0x8000 ? -1.f : 1.f;
-    if (exponent == 31) return emulated_bits<float>((unsigned)(x & 0x8000) << 16 | 0x7f800000u | (unsigned)mantissa << 13
-                                                    | (mantissa ? 0x400000u : 0u));
+    if (exponent == 31) return emulated_bits<float>((unsigned)(x & 0x8000) << 16 | 0x7f800000u | (unsigned)mantissa << 13);
     return sign * (exponent ? ldexpf((float)(1024 + mantissa), exponent - 25) : ldexpf((float)mantissa, -24));
 }
 inline unsigned short f32_to_f16(float x)

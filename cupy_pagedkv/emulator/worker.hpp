@@ -84,7 +84,6 @@ struct Worker {
     void* host = nullptr;  // stack pointer of who runs the blocks
     void* host_stack = nullptr;
     std::size_t host_stack_size = 0;
-    void* fake_stack = nullptr;
     unsigned current = 0;  // thread
     std::uint64_t block = 0;
     unsigned alive = 0, at_barrier = 0, votes = 0, vote_result = 0, barrier_line = 0;
