@@ -132,14 +132,15 @@ def test_atomics_do_not_race_with_each_other_but_with_plain_accesses():
 
 
 def test_a_race_names_both_threads_and_blocks():
-    body = """int t = threadIdx.x + 2 * (threadIdx.y + 3 * threadIdx.z), b = blockIdx.x + 2 * (blockIdx.y + 3 * blockIdx.z);
-    if ((t == 7 && b == 9) || (t == 10 && b == {})) x[b] = 1;"""
-    code = f'extern "C" __global__ void f(int* x) {{ {body} }}'.replace("x[b]", "x[b == 12 ? 1 : 0]")
+    code = """extern "C" __global__ void f(int* x) {
+        int t = threadIdx.x + 2 * (threadIdx.y + 3 * threadIdx.z), b = blockIdx.x + 2 * (blockIdx.y + 3 * blockIdx.z);
+        if ((t == 7 && b == 9) || (t == 10 && b == 11)) x[b / OTHER] = 1;
+    }"""
     with emulate(check=True):
-        RawKernel(code.replace("{}", "12"), "f")((2, 3, 3), (2, 3, 2), (np.zeros(2, np.int32),))
+        RawKernel(code.replace("OTHER", "11"), "f")((2, 3, 2), (2, 3, 3), (np.zeros(2, np.int32),))
         with pytest.raises(KernelError, match=r"race: thread \(0, 2, 1\) of block \(1, 2, 1\) writes 4 bytes at address "
                            r"0x\w+, which thread \(1, 0, 1\) of block \(1, 1, 1\) wrote at f.cu"):  # fmt: skip
-            RawKernel(code.replace("{}", "11"), "f")((2, 3, 3), (2, 3, 2), (np.zeros(2, np.int32),))
+            RawKernel(code.replace("OTHER", "12"), "f")((2, 3, 2), (2, 3, 3), (np.zeros(2, np.int32),))
 
 
 def test_what_lanes_of_the_block_before_knew_is_forgotten():
