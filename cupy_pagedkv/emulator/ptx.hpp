@@ -77,7 +77,7 @@ EMULATED_CALLED void mma(float (&d)[4], const unsigned* a, const unsigned* b, bo
                 const auto other = of(4 * (2 * t + column) + s);
                 for (int half = 0; half < 2; ++half)
                     for (int pair = 0; pair < 2; ++pair)
-                        sums[2 * half + column] += (double)number(row.a[2 * block + half], pair, bf16)
+                        sums[2 * half + column] += number(row.a[2 * block + half], pair, bf16)
                                                    * number(other.b[block], pair, bf16);
             }
         }
@@ -91,8 +91,7 @@ EMULATED_UNSEEN void ldmatrix(unsigned (&r)[COUNT], const void* row, const void*
     const int lane = (int)emulated_lane(), g = lane / 4, t = lane % 4;
     unsigned short numbers[8] = {};
     if (lane < 8 * COUNT) {
-        if ((std::uintptr_t)row % 16) emulated_unaligned_row(row, place);
-        emulated_touch(row, 16, READ | MATRIX, place);
+        emulated_matrix_row(row, place);
         std::memcpy(numbers, row, sizeof numbers);
     }
     const Meeting* meeting = emulated_meet(ALIGNED, 0xffffffffu, numbers, sizeof numbers, line, place);

@@ -62,7 +62,7 @@ void emulated_cp_async(void* shared, const void* global, unsigned size, unsigned
 void emulated_cp_async_commit();
 void emulated_cp_async_wait(unsigned groups_left);
 [[noreturn]] void emulated_trap(const char* why);
-[[noreturn]] void emulated_unaligned_row(const void* row, const void* place);
+void emulated_matrix_row(const void* row, const void* place);
 }
 
 // The instrument does not look into this function.
