@@ -117,6 +117,14 @@ def test_blocks_of_a_launch_are_ordered_by_nothing():
     run("if (threadIdx.x == 0) x[blockIdx.x] = x[blockIdx.x] + 1;", grid=2)
 
 
+def test_blocks_are_checked_one_after_another():
+    """Long enough for others to be called to help, if it were allowed."""
+    body = "for (int n = 0; n < 20; ++n) __syncthreads();\nif (threadIdx.x == 0 && (blockIdx.x == 0 || blockIdx.x >= 200)) x[AT] = 1;"
+    with pytest.raises(KernelError, match="race: .* wrote at f.cu:3"):
+        run(body.replace("AT", "0"), grid=256)
+    run(body.replace("AT", "blockIdx.x"), grid=256)
+
+
 def test_atomics_do_not_race_with_each_other_but_with_plain_accesses():
     x, _ = run("atomicAdd(x + threadIdx.x % 3, 1);", grid=3)
     assert x[:3].tolist() == [66, 64, 65]
@@ -231,14 +239,16 @@ STRUCT = "struct S { int a, b, c; }; S* from = (S*)x; S* to = (S*)y; "
         ("if (threadIdx.x == 0) memset(y + 250, 1, {});", "28", "24", "writes 28 bytes .* 4 bytes past the end"),
         (STRUCT + "to[threadIdx.x] = from[threadIdx.x + {}];", "22", "21", "reads 12 bytes .* 8 bytes past the end"),
         (STRUCT + "to[threadIdx.x + {}] = from[threadIdx.x];", "22", "21", "writes 12 bytes .* 8 bytes past the end"),
+        ("__shared__ uint4 s[64]; cp_async<16>(s + threadIdx.x, x + 4 * threadIdx.x + {}); cp_async_wait_all();", "4", "0",
+         "reads 16 bytes .* 16 bytes past the end"),
         ("extern __shared__ int s[]; s[threadIdx.x + {}] = 1;", "1", "0",
          r"thread \(63, 0, 0\) of .* writes 4 bytes .* past the 256 bytes of dynamic shared memory of the launch"),
         ("if (threadIdx.x == 0) *{} = 1;", "(int*)8", "x", "writes 4 bytes at address 0x8, outside every array"),
         ("int mine[4] = {1, 2, 3, 4}; int* p = mine; if (threadIdx.x == 9) p += {}; y[threadIdx.x] = p[x[2]];",
          "1 << 20", "0", r"thread \(9, 0, 0\) .* outside every array"),
     ],
-    ids=["past", "before", "memcpy from", "memcpy to", "memset", "struct from", "struct to", "dynamic shared", "anywhere",
-         "stack"],
+    ids=["past", "before", "memcpy from", "memcpy to", "memset", "struct from", "struct to", "asynchronous",
+         "dynamic shared", "anywhere", "stack"],
 )  # fmt: skip
 def test_a_stray_access_is_found(body, wrong, right, message):
     run(body.replace("{}", right), shared_mem=256)
@@ -276,7 +286,9 @@ def test_variables_of_the_device_are_no_strangers():
 def test_a_misaligned_access_is_found(type, size):
     body = f"auto p = ({type}*)((char*)x + OFFSET); if (threadIdx.x == 0) *({type}*)y = *p;"
     run(body.replace("OFFSET", str(size)))
-    with pytest.raises(KernelError, match=rf"f: f.cu:2: thread \(0, 0, 0\) of .* not a multiple of {size}"):
+    with pytest.raises(
+        KernelError, match=rf"f: f.cu:2: thread \(0, 0, 0\) of .* (?:reads|accesses) .* not a multiple of {size}"
+    ):
         run(body.replace("OFFSET", str(size // 2)))
 
 
@@ -334,6 +346,7 @@ def test_the_source_of_an_asynchronous_copy_stays_as_it_is():
         ("x + 4, 4", "atomicAdd(x + 4, 1);", True),
         ("x + 4, 4", "atomicAdd(x + 5, 1);", False),
         ("x + 5, 0", "*(int2*)(x + 4) = {};", False),
+        ("(int*)8, 0", "", False),
     ],
 )
 def test_the_source_of_an_asynchronous_copy_is_what_it_reads(source, write, found):
@@ -344,6 +357,15 @@ def test_the_source_of_an_asynchronous_copy_is_what_it_reads(source, write, foun
             run(body)
     else:
         run(body)  # with the zeros behind what it reads
+
+
+def test_a_group_that_was_waited_for_leaves_the_others_in_flight():
+    body = """__shared__ __align__(16) int s[8];
+    if (threadIdx.x == 0) { cp_async<16>(s, x); cp_async_commit(); cp_async<16>(s + 4, x + 4); cp_async_commit();
+    cp_async_wait<1>(); x[AT] = s[0]; }"""
+    run(body.replace("AT", "3"))
+    with pytest.raises(KernelError, match=r"f.cu:4: .* writes 4 bytes .* copy reads that began at f.cu:3"):
+        run(body.replace("AT", "4"))
 
 
 def test_a_copy_of_a_block_that_has_ended_is_a_read_like_others():
@@ -364,6 +386,9 @@ def test_nobody_writes_where_an_asynchronous_copy_is_to_arrive():
     run(COPY + "cp_async_wait<0>();\ns[threadIdx.x * 4] = 1;")
 
 
+MATRIX = "__shared__ __align__(16) int s[64]; s[i] = 1; __syncthreads(); unsigned r[1]; (void)r; "
+
+
 @pytest.mark.parametrize(
     ("wrong", "right", "message"),
     [
@@ -371,17 +396,25 @@ def test_nobody_writes_where_an_asynchronous_copy_is_to_arrive():
         ("if (i < 9) __syncwarp(0x3ff); else if (i == 9) __syncthreads();", "if (i < 10) __syncwarp(0x3ff);", "waits at a barrier or collective that others"),
         ("__shfl_sync(i % 2 ? ~0u : 0x55555557u, i, 0);", "__shfl_sync(~0u, i, 0);",
          "came to a collective with mask ffffffff, while lanes 00000001 are at that of f.cu:2 with mask 55555557"),
-        ("if (i % 2) __syncwarp(); else __shfl_sync(~0u, i, 0);", "__syncwarp(); __shfl_sync(~0u, i, 0);",
+        ("if (i % 2) __syncwarp(); else __shfl_sync(~0u, i, 0);", "if (i % 2) __syncwarp();\nelse __syncwarp();",
          "all lanes of a mask must come to the same one"),
         ("if (i < 32) __syncthreads();\nelse __syncwarp(3);", "__syncthreads(); if (i < 2) __syncwarp(3);", "which leaves it out"),
         ("if (i < 32) __syncthreads();\nelse __syncthreads();", "__syncthreads();",
          "f.cu:3: .* is at this barrier while others are at that of f.cu:2; all threads"),
         ("if (i % 2) __syncthreads_or(1); else __syncthreads();", "__syncthreads_or(i % 2);", "is at this barrier while"),
-        ("__shared__ __align__(16) int s[64]; s[i] = 1; __syncthreads(); unsigned r[1]; ldmatrix_x1(r, s + i % 8 * 3);",
-         "__shared__ __align__(16) int s[64]; s[i] = 1; __syncthreads(); unsigned r[1]; ldmatrix_x1(r, s + i % 8 * 4);",
+        ("float d[4] = {}; unsigned a[2] = {}; if (i % 2) mma_m16n8k8_f16(d, a, 0u);\nelse mma_m16n8k8_f16(d, a, 0u);",
+         "float d[4] = {}; unsigned a[2] = {}; mma_m16n8k8_f16(d, a, 0u);", "all lanes of a mask must come to the same one"),
+        (MATRIX + "if (i % 2) ldmatrix_x1(r, s + i % 8 * 4);\nelse ldmatrix_x1(r, s + i % 8 * 4);",
+         MATRIX + "ldmatrix_x1(r, s + i % 8 * 4);", "all lanes of a mask must come to the same one"),
+        (MATRIX + "ldmatrix_x1(r, s + i % 8 * 2);", MATRIX + "ldmatrix_x1(r, s + i % 8 * 4);",
          "gives ldmatrix a row of 16 bytes .* not a multiple of 16"),
+        (MATRIX + "unsigned q[2]; ldmatrix_x2(q, i % 32 < 8 ? s + 4 * i : nullptr);",
+         MATRIX + "ldmatrix_x1(r, i % 32 < 8 ? s + i % 32 * 4 : nullptr);", "gives ldmatrix a row .* not a multiple of 16 in shared"),
+        (MATRIX.replace("s[i]", "if (i % 5 == 0) s[i]") + "ldmatrix_x1(r, s + i % 8 * 4);", MATRIX + "ldmatrix_x1(r, s + i % 8 * 4);",
+         "reads 16 bytes of shared memory .* no thread"),
     ],
-    ids=["left out", "missing", "masks", "kinds", "barrier and collective", "divergent", "votes", "ldmatrix"],
+    ids=["left out", "missing", "masks", "kinds", "barrier and collective", "divergent", "votes", "divergent mma",
+         "divergent ldmatrix", "ldmatrix, misaligned", "ldmatrix, not shared", "ldmatrix, unwritten"],
 )  # fmt: skip
 def test_collectives_and_barriers_that_do_not_meet(wrong, right, message):
     run("int i = threadIdx.x; " + right)

@@ -29,7 +29,7 @@ def test_a_copy_of_32_floats_is_one_request_of_4_sectors():
     assert launch.arrays[0] == (Traffic(1, 128, 4, 128, 0, 1), Traffic())
     assert launch.arrays[1] == (Traffic(), Traffic(1, 128, 4, 128, 0, 1))
     assert (launch.read, launch.written) == (launch.arrays[0].read, launch.arrays[1].written)
-    assert launch.read.used == 1
+    assert launch.read.used == 1 == Traffic().used
 
 
 @pytest.mark.parametrize(
@@ -110,6 +110,7 @@ def test_bank_conflicts(body, expected):
     launch = measured(body + ' asm volatile("" ::"r"(s) : "memory");')  # or the store would be dropped
     assert launch.shared == expected
     assert launch.shared.conflicts == expected.wavefronts - expected.least
+    assert (launch.shared.ways, SharedTraffic().ways) == (expected.wavefronts / expected.least, 1)
     assert launch.matrices == SharedTraffic()
 
 
@@ -136,6 +137,59 @@ def test_collectives_barriers_and_lines():
     assert "f.cu:3: 50% of 16 sectors used" in str(launch)
     lines = measured("float a = x[i];\nfloat b = x[2 * i];\ny[i] = a + b;").lines
     assert [(line.place, line.traffic.sectors) for line in lines] == [("f.cu:3", 4), ("f.cu:4", 8), ("f.cu:5", 4)]
+
+
+def test_the_report_of_a_launch():
+    code = """__device__ float table[64];
+extern "C" __global__ void f(int n, const float* x, int m, float* y) {
+    __shared__ float s[1024]; extern __shared__ float d[];
+    int i = threadIdx.x + 8 * (threadIdx.y + 2 * threadIdx.z);
+    float a = x[i] + x[n * i];
+    s[32 * i] = d[i] = a; a = s[i];
+    a += s[n * i] + table[n * i];
+    s[n * i] = a; s[m * i] = a; __syncthreads();
+    y[i] = a + s[i];
+    if (i == 0) y[5] = x[0];
+}"""
+    arrays = np.zeros(64, np.float32), np.zeros(64, np.float32)
+    with profile() as launches:
+        RawKernel(code, "f")((1, 1, 2), (8, 2, 2), (np.int32(2), arrays[0], np.int32(4), arrays[1]), shared_mem=512)
+    assert str(launches[0]).splitlines() == [
+        "f, grid (1, 1, 2), block (8, 2, 2), 512 B of dynamic shared memory",
+        "  reads   776 B in 8 requests of 42 sectors, 58% used, 320 of them more than once (up to 6)",
+        "  writes  264 B in 4 requests of 10 sectors, 82% used, 128 of them more than once (up to 4)",
+        "    argument 1: reads 520 B in 6 requests of 26 sectors, 62% used, 192 of them more than once (up to 6)",
+        "    argument 3: writes 264 B in 4 requests of 10 sectors, 82% used, 128 of them more than once (up to 4)",
+        "  shared memory: 14 requests, 72 bank conflicts",
+        "    f.cu:5: 67% of 24 sectors used",
+        "    f.cu:6: 16.5-way conflicts in 4 requests",
+        "    f.cu:7: 2.0-way conflicts in 2 requests",
+        "    f.cu:7: 50% of 16 sectors used",
+        "    f.cu:8: 3.0-way conflicts in 4 requests",
+        "    f.cu:10: 12% of 2 sectors used",
+        "    f.cu:10: 12% of 2 sectors used",
+        "  0 collectives and 1 barriers a thread",
+        "  256 B in flight in a block",
+    ]
+
+
+def test_static_and_dynamic_shared_memory_limit_the_occupancy_of_a_launch():
+    code = """extern "C" __global__ void f(float* y) {
+        __shared__ float s[4096]; extern __shared__ float d[]; int i = threadIdx.x;
+        s[i] = d[i] = y[i]; __syncthreads(); y[i] = s[i ^ 1] + d[i ^ 2];
+    }"""
+    with profile() as launches:
+        RawKernel(code, "f")((1,), (8, 4, 4), (np.zeros(8, np.float32),), shared_mem=20 * 1024)
+    assert launches[0].occupancy(90) == Occupancy(6, "shared memory", 6 * 128 / 2048)  # 37 KB each of 228
+    assert ", 36864 B shared, 6 blocks a multiprocessor (limited by shared memory), 38%" in launches[0].device_report(
+        90
+    )
+
+
+def test_blocks_are_measured_one_after_another():
+    """Long enough for others to be called to help, if it were allowed."""
+    launch = measured("for (int n = 0; n < 20; ++n) __syncthreads(); if (i < 32) __syncwarp(); y[i] = 1;", 64, grid=300)
+    assert (launch.collectives, launch.barriers, launch.written.requests) == (0.5, 20, 600)
 
 
 def test_bytes_in_flight():
