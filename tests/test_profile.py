@@ -216,11 +216,11 @@ def test_bytes_in_flight_are_those_of_the_busiest_block():
 
 def test_an_asynchronous_copy_of_zeros_reads_nothing():
     copy = "__shared__ __align__(16) float s[256]; for (int n = 0; n < 2; ++n) {\n"
-    copy += "cp_async<16>(s + 4 * (32 * n + i), x + 4 * (32 * n + i), i % 2 ? 8 : 0); cp_async_wait_all(); }"
+    copy += "cp_async<16>(s + 4 * (32 * n + i), x + 4 * (32 * n + i), i % 2 ? 8 : 0); cp_async_wait_all(); } y[i] = x[i + 512];"
     launch = measured(copy)
-    assert launch.read == Traffic(2, 256, 32, 256, 0, 1)
+    assert launch.read == Traffic(3, 256 + 128, 32 + 4, 256 + 128, 0, 1)
     assert launch.shared == SharedTraffic(2, 8, 8)
-    assert launch.bytes_in_flight == 16 * 8
+    assert launch.bytes_in_flight == 16 * 8 + 16 * 4
 
 
 def test_the_memory_of_one_array_that_came_in_two_slices():

@@ -181,16 +181,15 @@ void Checks::touch(std::uintptr_t address, std::size_t size, int touch, const vo
         if (space == SHARED && !(touch & WRITE) && !c.write)
             fail(place, nullptr, "{0}: " WHO " %s %zu bytes of shared memory at address 0x%zx, which no thread of the block "
                  "has written", ME, verb(touch), size, (std::size_t)address);
-        if (c.write && c.write != now && !(atomic && c.write_place & ATOMIC_PLACE) && !ordered(c.write))
+        if (c.write && !(atomic && c.write_place & ATOMIC_PLACE) && !ordered(c.write))
             race(address, size, touch, place, c.write, c.write_place, true);
         if (writes) {
             for (int k = 0; k < 2; ++k)
-                if (c.read[k] && c.read[k] != now && !ordered(c.read[k]))
+                if (c.read[k] && !ordered(c.read[k]))
                     race(address, size, touch, place, c.read[k], c.read_place[k], false);
             c = {now, mine, {0, 0}, {0, 0}};
             continue;
         }
-        if (c.read[0] == now || c.read[1] == now) continue;
         int free = -1;
         for (int k = 0; k < 2; ++k)
             if (!c.read[k] || ordered(c.read[k])) free = k;
