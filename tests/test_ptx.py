@@ -148,9 +148,10 @@ def test_sizes_that_the_instructions_do_not_have():
         emulated("__shared__ uint4 s[1]; cp_async<12>(s, x);", "const int* x", np.zeros(4, np.int32))
 
 
-def test_bytes_that_nobody_waited_for_do_not_arrive_in_the_next_block():
-    body = """__shared__ int s[32]; int i = threadIdx.x; s[i] = -1;
-        if (blockIdx.x == 0) { cp_async<4>(s + i, x); cp_async_commit(); } else cp_async_wait<0>();
+@pytest.mark.parametrize("wait", ["cp_async_wait<0>();", "cp_async_wait_all();"])
+def test_bytes_that_nobody_waited_for_do_not_arrive_in_the_next_block(wait):
+    body = f"""__shared__ int s[32]; int i = threadIdx.x; s[i] = -1;
+        if (blockIdx.x == 0) {{ cp_async<4>(s + i, x); cp_async_commit(); }} else {wait}
         y[i] = s[i];"""
     y = np.zeros(32, np.int32)
     emulated(body, "const int* x, int* y", np.ones(1, np.int32), y, grid=2)
