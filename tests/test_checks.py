@@ -286,9 +286,8 @@ def test_variables_of_the_device_are_no_strangers():
 def test_a_misaligned_access_is_found(type, size):
     body = f"auto p = ({type}*)((char*)x + OFFSET); if (threadIdx.x == 0) *({type}*)y = *p;"
     run(body.replace("OFFSET", str(size)))
-    with pytest.raises(
-        KernelError, match=rf"f: f.cu:2: thread \(0, 0, 0\) of .* (?:reads|accesses) .* not a multiple of {size}"
-    ):
+    verb = "accesses" if type == "uint4" else "reads"  # a struct: by members, says the compiler
+    with pytest.raises(KernelError, match=rf"f: f.cu:2: thread \(0, 0, 0\) of .* {verb} .* not a multiple of {size}"):
         run(body.replace("OFFSET", str(size // 2)))
 
 
