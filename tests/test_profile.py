@@ -171,6 +171,8 @@ extern "C" __global__ void f(int n, const float* x, int m, float* y) {
         "  0 collectives and 1 barriers a thread",
         "  256 B in flight in a block",
     ]
+    assert [line.argument for line in launches[0].lines if line.traffic.requests] == [1, None, 3, 1, 3]
+    assert "more than once" not in str(measured("y[i] = x[i];"))
 
 
 def test_static_and_dynamic_shared_memory_limit_the_occupancy_of_a_launch():
