@@ -17,6 +17,7 @@ import pytest
 import cupy_pagedkv.emulator.compiler as compiler
 from cupy_pagedkv.devices.sources import source_of, with_includes
 from cupy_pagedkv.emulator import CompileError, KernelError, RawKernel, emulate, profile
+from cupy_pagedkv.emulator.settings import Settings, settings
 
 
 def kernel(body: str, parameters: str = "int* x") -> RawKernel:
@@ -144,6 +145,7 @@ def outcome_of(body: str, *, check: bool, before: str = "", grid: int = 1, inter
         from cupy_pagedkv.emulator import RawKernel, emulate
         x, kernel = np.zeros(256, np.int32), RawKernel({before + f'extern "C" __global__ void f(int* x) {{ {body} }}'!r}, "f")
         if {interrupt}:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # shells take it from what runs in the background
             def stop():
                 while not x[0]:
                     pass
@@ -200,16 +202,19 @@ def test_a_launch_can_be_interrupted(body, check, grid):
     assert re.fullmatch(r"KeyboardInterrupt \nsound\n", outcome_of(body, check=check, grid=grid, interrupt=True))
 
 
-def test_threads_that_returned_or_never_were_count_as_arrived():
+@pytest.mark.parametrize("order", ["forward", "backward"])
+def test_threads_that_returned_or_never_were_count_as_arrived(order):
     """As on a GPU since Volta (CUDA programming guide, "Synchronization Functions")."""
-    body = "int i = threadIdx.x; if (i % 3) return; __syncthreads(); x[i] = -1; __syncthreads();"
-    assert run(body, 40)[:6].tolist() == [-1, 1, 2, -1, 4, 5]
-    assert run("x[threadIdx.x] = __popc(__ballot_sync(0xffffffffu, 1));", 16)[:16].tolist() == [16] * 16
-    twice = "__ballot_sync(0xffffffffu, 1); __ballot_sync(0xffffffffu, 1);"  # votes that must not be counted later
-    body = (
-        f"int i = threadIdx.x; {twice} if (i < 5) return; __syncwarp(); x[i] = __popc(__ballot_sync(0xffffffffu, 1));"
-    )
-    assert run(body, 32)[:32].tolist() == [0, 1, 2, 3, 4] + [27] * 27
+    with emulate(order=order):
+        body = "int i = threadIdx.x; if (i % 3) return; __syncthreads(); x[i] = -1; __syncthreads();"
+        assert run(body, 40)[:6].tolist() == [-1, 1, 2, -1, 4, 5]
+        assert run("x[threadIdx.x] = __popc(__ballot_sync(0xffffffffu, 1));", 16)[:16].tolist() == [16] * 16
+        twice = "__ballot_sync(0xffffffffu, 1); __ballot_sync(0xffffffffu, 1);"  # votes that must not be counted later
+        body = f"int i = threadIdx.x; {twice} if (i < 5) return; __syncwarp(); x[i] = __popc(__ballot_sync(0xffffffffu, 1));"
+        assert run(body, 32)[:32].tolist() == [0, 1, 2, 3, 4] + [27] * 27
+        assert (
+            run("int i = threadIdx.x; if (i > 8) return; x[i] = __syncthreads_and(i < 9);", 40)[:9].tolist() == [1] * 9
+        )
 
 
 def test_a_stuck_kernel_is_no_matter_of_its_name():
@@ -339,6 +344,22 @@ def test_shared_memory_begins_as_signalling_garbage():
     assert np.isnan(x.view(np.float16)).all()
 
 
+def test_all_shared_memory_begins_as_garbage_and_is_the_blocks():
+    """Static, of a template, and dynamic, wherever the linker puts them."""
+    code = """extern __shared__ unsigned d[]; template <class T> __device__ T* more() { __shared__ T s[32]; return s; }
+    extern "C" __global__ void f(unsigned* y) {
+        __shared__ unsigned s[32]; unsigned* all[] = {s, more<unsigned>(), more<int2>() ? (unsigned*)more<int2>() : 0, d};
+        for (int n = 0; n < 4; ++n) { READ all[n][threadIdx.x] = 1; y[4 * threadIdx.x + n] += all[n][threadIdx.x] - 1; }
+    }"""
+    y = np.zeros((32, 4), np.uint32)
+    read = code.replace("READ", "y[4 * threadIdx.x + n] = all[n][threadIdx.x];")
+    RawKernel(read, "f")((3,), (32,), (y,), shared_mem=128)
+    assert (y == 0x7FA17FA1).all()
+    y[:] = 0
+    with emulate(check=True):
+        RawKernel(code.replace("READ", ""), "f")((1,), (32,), (y,), shared_mem=128)
+
+
 def order_of(order: str) -> np.ndarray:
     x = np.zeros(65, np.int32)
     with emulate(order=order):
@@ -360,6 +381,37 @@ def test_threads_and_blocks_run_in_the_order_that_was_asked_for():
     assert len({tuple(row) for row in of_threads}) > 4
 
 
+@pytest.mark.parametrize("order", ["backward", *(f"shuffled:{seed}" for seed in range(9))])
+def test_every_block_runs_once_in_any_order(order):
+    x = np.zeros(12, np.int32)
+    with emulate(order=order):
+        for blocks in range(1, 12):
+            kernel("++x[blockIdx.x];")((blocks,), (1,), (x,))
+    assert x.tolist() == list(range(11, -1, -1))
+
+
+def test_blocks_behind_an_error_do_not_run():
+    x = np.zeros(5, np.int32)
+    with emulate(order="forward"), pytest.raises(KernelError):
+        kernel("x[blockIdx.x] = 1; if (blockIdx.x == 2) __trap();")((5,), (1,), (x,))
+    assert x.tolist() == [1, 1, 1, 0, 0]
+
+
+def test_stacks_of_a_launch_that_failed_are_kept_for_the_next():
+    def regions():
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    def fail():
+        with pytest.raises(KernelError):
+            run("if (threadIdx.x == 63) __trap(); __syncthreads();", 64)
+
+    fail()
+    before = regions()
+    for _ in range(4):
+        fail()
+    assert regions() < before + 64
+
+
 def test_the_order_of_threads_between_barriers():
     body = "for (int i = 0; i < 3; ++i) { x[atomicAdd(x + 48, 1)] = threadIdx.x; __syncthreads(); }"
     for order, expected in (("forward", list(range(16)) * 3), ("backward", list(range(16))[::-1] * 3)):
@@ -371,10 +423,21 @@ def test_the_order_of_threads_between_barriers():
         assert sorted(x[16:32]) == list(range(16))
 
 
-@pytest.mark.parametrize("order", ["random", "shuffled", "shuffled:", "shuffled:x", "Forward"])
+@pytest.mark.parametrize("order", ["random", "shuffled", "shuffled:", "shuffled:x", "Forward", "shuffled:" + 19 * "1"])
 def test_an_unknown_order_is_refused(order):
     with pytest.raises(ValueError, match="must be forward, backward or shuffled:SEED"), emulate(order=order):
         pass
+
+
+def test_settings_that_are_not_given_stay_as_they_were():
+    before = settings()
+    with emulate(check=True, order="backward", arch=80):
+        with emulate(order=""):
+            assert settings() == Settings(check=True, order="", arch=80)
+        with emulate(check=False):
+            assert settings() == Settings(check=False, order="backward", arch=80)
+        assert settings() == Settings(check=True, order="backward", arch=80)
+    assert settings() == before
 
 
 @pytest.mark.parametrize(
@@ -492,6 +555,11 @@ def test_more_collectives():
         (f"x[i] = __shfl_xor_sync({every}, i, 9, 8);", np.where(lanes % 16 < 8, lanes, lanes ^ 9)),  # not of later groups
         ("x[i] = __syncthreads_count(i % 4 == 0) + 100 * __syncthreads_or(i == 9) + 200 * __syncthreads_and(i < 63);",
          np.full(64, 116)),
+        ("x[i] = __syncthreads_count(i < 5 ? 7 : 0) + 100 * __syncthreads_count(i < 7) + 1000 * __syncthreads_or(i < 9);",
+         np.full(64, 1705)),
+        ("if (i < 32) __syncthreads();\nelse __syncthreads();\nx[i] = i;", lanes),  # checks refuse it
+        ("int all = __popc(__activemask()); x[i] = 0; if (i % 32 < 5) x[i] = 100 * all + __popc(__activemask());",
+         np.where(lanes % 32 < 5, 3205, 0)),
         ("x[i] = __popc(__activemask());", np.full(64, 32)),
         ("if (i % 32 < 5) x[i] = __popc(__activemask()); else if (i % 2) x[i] = 0; else x[i] = __activemask() >> 31;",
          np.where(lanes % 32 < 5, 5, 0)),
@@ -532,10 +600,14 @@ def test_blocks_side_by_side_lose_nothing():
     body = """__shared__ int s[64]; s[threadIdx.x] = blockIdx.x;
         for (int n = 0; n < 50; ++n) { __syncthreads(); s[threadIdx.x] = s[threadIdx.x ^ 1] + 0 * n; __syncthreads(); }
         atomicAdd(total, 1ull); if (threadIdx.x == 0) x[blockIdx.x] += s[5] + 1;"""
-    k = kernel(body, "int* x, unsigned long long* total")
-    k((4000,), (64,), (x, total))
+    parameters = "int* x, unsigned long long* total"
+    kernel(body, parameters)((4000,), (64,), (x, total))
     assert x.tolist() == [i + 1 for i in range(4000)]
     assert total[0] == 4000 * 64
+    x[:], total[0] = 0, 0
+    with emulate(order="forward"):  # and then one after another
+        kernel(body.replace("+= s[5] + 1", "= (total[0] - 1) / 64"), parameters)((4000,), (64,), (x, total))
+    assert x.tolist() == list(range(4000))
 
 
 def test_an_error_among_blocks_side_by_side():
@@ -689,6 +761,21 @@ def test_each_compiler_sees_copies_of_structs(cxx):
     ]:
         with pytest.raises(KernelError, match=f"f.cu:3: .*{message}"), emulate(check=True):
             RawKernel(code.replace("{}", wrong), "f")((1,), (64,), arrays)
+
+
+def test_each_compiler_sees_packed_structs_and_virtual_functions(cxx):
+    code = """struct __attribute__((packed)) P { char c; int i; };
+    struct Base { int n; __device__ virtual int of(int i) { return i + n; } };
+    struct Twice : Base { __device__ int of(int i) override { return 2 * i + n; } };
+    __device__ __noinline__ int of(Base& base, int i) { return base.of(i); }
+    extern "C" __global__ void f(P* p, int* x) { Base a; Twice b; a.n = b.n = 7;
+        p[threadIdx.x AT].i = of(p->c ? a : b, x[threadIdx.x]); }"""
+    packed, x = np.zeros(32, np.dtype([("c", np.int8), ("i", np.int32)])), np.arange(32, dtype=np.int32)
+    with emulate(check=True):
+        RawKernel(code.replace("AT", ""), "f")((1,), (32,), (packed, x))
+        assert packed["i"].tolist() == [2 * i + 7 for i in range(32)]
+        with pytest.raises(KernelError, match=r"f.cu:6: .* writes 4 bytes .* 5 bytes past the end"):
+            RawKernel(code.replace("AT", "+ 1"), "f")((1,), (32,), (packed, x))
 
 
 def test_parameters_that_are_structs(cxx):

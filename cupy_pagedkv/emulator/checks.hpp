@@ -47,14 +47,13 @@ private:
 
     Worker& w;
     std::vector<Region> arrays, segments;
-    std::size_t last_array = 0;
     std::vector<Stamp> stamps;
     std::vector<std::uint32_t> stamp_of;              // of each thread of the block, now; 0: none yet
     std::vector<std::vector<std::uint32_t>> clocks;   // of each warp: [lane][other] how far the lane knows the other
-    std::uint32_t barriers = 0;                       // of the block so far
+    std::uint32_t barriers = 0;                       // of the launch so far
     std::vector<Cell> shared;
     std::unordered_map<std::uintptr_t, std::unique_ptr<Cell[]>> pages;
-    std::uintptr_t last_page = 0;
+    std::uintptr_t last_page = 0;  // where nothing lies
     Cell* last_cells = nullptr;
     std::vector<Copy> in_flight;
     struct Fenced {

@@ -326,7 +326,7 @@ template <class T, class Step>
 EMULATED_UNSEEN T emulated_atomic(T* address, const void* place, Step step)
 {
     static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8, "atomics change 2, 4 or 8 bytes");
-    if ((std::size_t)address % sizeof(T)) emulated_unaligned("atomically changes", address, sizeof(T), place);
+    if ((std::size_t)address % sizeof(T)) emulated_unaligned_atomic(address, sizeof(T), place);
     using Bits = std::conditional_t<sizeof(T) == 8, std::uint64_t, std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint16_t>>;
     emulated_touch(address, sizeof *address, emulated::ATOMIC, place);
     Bits before = __atomic_load_n((Bits*)address, __ATOMIC_SEQ_CST);

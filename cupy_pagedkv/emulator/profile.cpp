@@ -30,7 +30,7 @@ long Profile::array_of(std::uintptr_t address) const
     for (const auto* index : {&threadIdx, &blockIdx, &blockDim, &gridDim})
         if (address >= (std::uintptr_t)index && address < (std::uintptr_t)(index + 1)) return NOT_COUNTED;
     if (w.in_arguments(address, 1)) return NOT_COUNTED;
-    return w.thread().stack.holds(address, 1) ? NOT_COUNTED : DEVICE_VARIABLE;
+    return DEVICE_VARIABLE;
 }
 
 void Profile::touch(std::uintptr_t address, std::size_t size, int touch, const void* place)
@@ -79,9 +79,7 @@ void Profile::request(const Event* begin, const Event* end)
 
     if (array == SHARED_MEMORY) {
         // An event of ldmatrix is a row of 16 bytes: eight, of eight lanes, are a matrix.
-        std::uint32_t width = 4;
-        for (const Event* e = begin; e != end; ++e) width = std::max(width, e->size);
-        const unsigned together = width <= 4 ? 32 : width <= 8 ? 16 : 8;  // lanes
+        const unsigned together = begin->size <= 4 ? 32 : begin->size <= 8 ? 16 : 8;  // lanes
         std::vector<std::uintptr_t> words;
         for (unsigned first = 0; first < 32; first += together) {
             words.clear();
@@ -95,7 +93,6 @@ void Profile::request(const Event* begin, const Event* end)
             for (const std::uintptr_t word : words) most = std::max(most, ++banks[word % 32]);
             row.wavefronts += most;
             row.least += 1;
-            row.bytes += words.size() * 4;
         }
         return;
     }

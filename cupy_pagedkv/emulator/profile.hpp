@@ -12,7 +12,7 @@ struct Row {
     std::uint64_t place;                // offset in the kernel's library
     std::int64_t array;                 // argument, or -1: shared memory, -2: a variable of the device
     std::uint64_t touch;                // emulated::Touch
-    std::uint64_t requests, bytes, sectors;  // bytes that any lane asked for; sectors of 32 bytes
+    std::uint64_t requests, bytes, sectors;  // of global memory: bytes that any lane asked for; sectors of 32 bytes
     std::uint64_t wavefronts, least;    // of shared memory: passes that the banks take, and that so many bytes need
 };
 

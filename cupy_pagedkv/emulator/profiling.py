@@ -263,7 +263,7 @@ def profile_of(
         },
         shared=shared[False],
         matrices=shared[True],
-        lines=tuple(lines[key] for key in sorted(lines, key=str)),
+        lines=tuple(lines.values()),
         collectives=report.collectives / threads,
         barriers=report.barriers / threads,
         bytes_in_flight=report.in_flight,

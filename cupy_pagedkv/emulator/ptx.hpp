@@ -12,8 +12,7 @@ inline float f16_to_f32(unsigned short x)
 {
     const int exponent = x >> 10 & 31, mantissa = x & 1023;
     const float sign = x & 0x8000 ? -1.f : 1.f;
-    if (exponent == 31) return emulated_bits<float>((unsigned)(x & 0x8000) << 16 | 0x7f800000u | (unsigned)mantissa << 13
-                                                    | (mantissa ? 0x400000u : 0u));
+    if (exponent == 31) return emulated_bits<float>((unsigned)(x & 0x8000) << 16 | 0x7f800000u | (unsigned)mantissa << 13);
     return sign * (exponent ? ldexpf((float)(1024 + mantissa), exponent - 25) : ldexpf((float)mantissa, -24));
 }
 inline unsigned short f32_to_f16(float x)
@@ -82,7 +81,7 @@ EMULATED_CALLED void mma(float (&d)[4], const unsigned* a, const unsigned* b, bo
                 const auto other = of(4 * (2 * t + column) + s);
                 for (int half = 0; half < 2; ++half)
                     for (int pair = 0; pair < 2; ++pair)
-                        sums[2 * half + column] += (double)number(row.a[2 * block + half], pair, bf16)
+                        sums[2 * half + column] += number(row.a[2 * block + half], pair, bf16)
                                                    * number(other.b[block], pair, bf16);
             }
         }
@@ -96,8 +95,7 @@ EMULATED_UNSEEN void ldmatrix(unsigned (&r)[COUNT], const void* row, const void*
     const int lane = (int)emulated_lane(), g = lane / 4, t = lane % 4;
     unsigned short numbers[8] = {};
     if (lane < 8 * COUNT) {
-        if ((std::uintptr_t)row % 16) emulated_unaligned("gives ldmatrix a row of", row, 16, place);
-        emulated_touch(row, 16, READ | MATRIX, place);
+        emulated_matrix_row(row, place);
         std::memcpy(numbers, row, sizeof numbers);
     }
     const Meeting* meeting = emulated_meet(ALIGNED, 0xffffffffu, numbers, sizeof numbers, line, place);

@@ -359,7 +359,7 @@ void Worker::run_block(std::uint64_t linear)
         for (unsigned i = n; i > 1; --i) std::swap(order[i - 1], order[(state = mixed(state)) % i]);
     }
     std::fill(ready.begin(), ready.end(), 0);
-    for (Warp& warp : warps) warp.alive = 0, warp.pending.clear();
+    for (Warp& warp : warps) warp.alive = 0;
     for (unsigned i = 0; i < n; ++i) {
         rank[order[i]] = i;
         ready[i / 64] |= 1ull << i % 64;
@@ -367,14 +367,11 @@ void Worker::run_block(std::uint64_t linear)
         Thread& thread = threads[i];
         thread.sp = nullptr;
         thread.done = false;
-        thread.waiting = NOT;
-        thread.held = nullptr;
         thread.barriers = thread.collectives = 0;
         thread.copies.clear();
         thread.groups.clear();
     }
     alive = n;
-    at_barrier = votes = 0;
     // Shared memory holds what nobody can take for data: signalling NaNs in float32 and bfloat16, a NaN in float16, and
     // indices that are far away.
     const auto spoil = [](char* begin, char* end) {
@@ -397,7 +394,7 @@ void Worker::run_block(std::uint64_t linear)
     free_stacks.pop_back();
     thread.sp = prepare_stack(thread.stack.low, Stack::SIZE, fiber_main);
     switch_to(&host, thread.sp, thread.stack.low, Stack::SIZE);
-    if (profile && !launch.error[0]) profile->end_block();
+    if (profile) profile->end_block();
 }
 
 // Lets the lanes of a collective go on, if all have come.
@@ -414,7 +411,7 @@ bool Worker::complete(Warp& warp, Meeting* meeting)
     const unsigned first = (unsigned)(&warp - warps.data()) * 32;
     for (unsigned lanes = meeting->present; lanes; lanes &= lanes - 1) {
         const unsigned thread = first + __builtin_ctz(lanes);
-        if (thread != current && threads[thread].waiting == IN_MEETING) set_ready(thread);
+        if (thread != current) set_ready(thread);
     }
     if (checks && meeting->kind == SYNC) checks->sync_warp(first / 32, meeting->present);
     return true;
@@ -422,11 +419,11 @@ bool Worker::complete(Warp& warp, Meeting* meeting)
 
 bool Worker::complete_barrier()
 {
-    if (!at_barrier || at_barrier < alive) return false;
+    if (at_barrier < alive) return false;
     vote_result = vote == AND ? votes == at_barrier : vote == OR ? votes != 0 : votes;
     at_barrier = votes = 0;
     for (unsigned i = 0; i < threads.size(); ++i)
-        if (i != current && threads[i].waiting == AT_BARRIER && !threads[i].done) set_ready(i);
+        if (threads[i].waiting == AT_BARRIER) set_ready(i);
     if (checks) checks->sync_block();
     return true;
 }
@@ -460,7 +457,6 @@ void Worker::returned()
 {
     Thread& self = thread();
     self.done = true;
-    leave(self, current % 32);
     warp().alive &= ~(1u << current % 32);
     --alive;
     for (std::size_t i = 0; i < warp().pending.size();) i += complete(warp(), warp().pending[i]) ? 0 : 1;
@@ -692,10 +688,10 @@ void emulated_cp_async(void* shared, const void* global, unsigned size, unsigned
     const void* place = __builtin_return_address(0);
     Worker& w = *worker;
     const std::uintptr_t misaligned = ((std::uintptr_t)shared | (from_source ? (std::uintptr_t)global : 0)) % size;
-    if (misaligned || from_source > size)
+    if (misaligned || from_source > size || !w.in_shared((std::uintptr_t)shared, size))
         fail(place, nullptr, "{0}: thread (%u, %u, %u) of block (%u, %u, %u) copies %u bytes asynchronously from %p to %p, "
-             "which must both be multiples of %u, and asks for %u from the source", threadIdx.x, threadIdx.y, threadIdx.z,
-             blockIdx.x, blockIdx.y, blockIdx.z, size, global, shared, size, from_source);
+             "which must both be multiples of %u, and the latter shared memory, and asks for %u from the source", threadIdx.x,
+             threadIdx.y, threadIdx.z, blockIdx.x, blockIdx.y, blockIdx.z, size, global, shared, size, from_source);
     if (w.checks && from_source) w.checks->touch((std::uintptr_t)global, from_source, READ, place);
     if (w.profile) {
         if (from_source) w.profile->touch((std::uintptr_t)global, from_source, READ | ASYNC, place);
@@ -737,10 +733,20 @@ void emulated_trap(const char* why, const void* place)
          threadIdx.z, blockIdx.x, blockIdx.y, blockIdx.z, why);
 }
 
-void emulated_unaligned(const char* does, const void* address, std::size_t size, const void* place)
+void emulated_unaligned_atomic(const void* address, std::size_t size, const void* place)
 {
-    fail(place, nullptr, "{0}: thread (%u, %u, %u) of block (%u, %u, %u) %s %zu bytes at address %p, which is not a multiple "
-         "of %zu", threadIdx.x, threadIdx.y, threadIdx.z, blockIdx.x, blockIdx.y, blockIdx.z, does, size, address, size);
+    fail(place, nullptr, "{0}: thread (%u, %u, %u) of block (%u, %u, %u) atomically changes %zu bytes at address %p, which is "
+         "not a multiple of %zu", threadIdx.x, threadIdx.y, threadIdx.z, blockIdx.x, blockIdx.y, blockIdx.z, size, address,
+         size);
+}
+
+void emulated_matrix_row(const void* row, const void* place)
+{
+    if ((std::uintptr_t)row % 16 || !worker->in_shared((std::uintptr_t)row, 16))
+        fail(place, nullptr, "{0}: thread (%u, %u, %u) of block (%u, %u, %u) gives ldmatrix a row of 16 bytes at address %p, "
+             "which is not a multiple of 16 in shared memory", threadIdx.x, threadIdx.y, threadIdx.z, blockIdx.x, blockIdx.y,
+             blockIdx.z, row);
+    emulated_touch(row, 16, READ | MATRIX, place);
 }
 
 // What the compiler passes of an access: its beginning, as GCC's and Clang's runtime libraries declare it

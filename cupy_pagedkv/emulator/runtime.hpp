@@ -65,7 +65,8 @@ void emulated_cp_async(void* shared, const void* global, unsigned size, unsigned
 void emulated_cp_async_commit();
 void emulated_cp_async_wait(unsigned groups_left);
 [[noreturn]] void emulated_trap(const char* why, const void* place = nullptr);
-[[noreturn]] void emulated_unaligned(const char* does, const void* address, std::size_t size, const void* place);
+[[noreturn]] void emulated_unaligned_atomic(const void* address, std::size_t size, const void* place);
+void emulated_matrix_row(const void* row, const void* place);
 }
 
 // The instrument does not look into this function.
