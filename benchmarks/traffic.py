@@ -32,7 +32,7 @@ def launch_of(kernel: str, shape: tuple[int, int, str], num_seqs: int = 16, seq_
     heads, dim, dtype = shape
     num_tokens = num_seqs * seq_len
     with emulated_by(FullSize()):
-        num_blocks = max(NUM_BLOCKS, -(-num_tokens // BLOCK_SIZE))
+        num_blocks = max(NUM_BLOCKS, num_seqs * -(-seq_len // BLOCK_SIZE))
         cache = PagedKVCache(num_blocks, BLOCK_SIZE, heads, dim, dtype, "cpu")
         blocks = rng.permutation(num_blocks)
         with profile() as launches:

@@ -20,6 +20,7 @@ from benchmarks import cases, chores, emulation, kernels, output, timing, traffi
 from cupy_pagedkv.caches.sequence import CachedSequence
 from cupy_pagedkv.devices.emulated_backend import EmulatedBackend
 from cupy_pagedkv.emulator import CompileError, RawKernel
+from cupy_pagedkv.emulator.architectures import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -377,6 +378,14 @@ def test_what_a_kernel_moves(kernel):
     assert traffic.once(launch) == 1
     assert 0 < traffic.index_bytes(launch) < 0.02
     assert launch.written.used >= 0.97
+
+
+def test_lengths_are_read_once_by_each_block_that_runs_at_once():
+    """And again by the few warps that begin at a sequence."""
+    launch = traffic.launch_of("gather_cache", (1, 64, "float16"), num_seqs=1000, seq_len=17)
+    at_once = 4 * ARCHITECTURES[90].multiprocessors
+    assert launch.grid == (at_once // 2, 2, 1)
+    assert at_once <= launch.arrays[24].read.most <= at_once + 32
 
 
 def test_reading_a_byte_twice_is_seen(monkeypatch):

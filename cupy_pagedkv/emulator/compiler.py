@@ -13,7 +13,7 @@ from pathlib import Path
 __all__ = ["CompileError", "compile_kernel", "compile_runtime", "place_of"]
 
 _FOLDER = Path(__file__).parent
-_RUNTIME = ("runtime.cpp", "checks.cpp", "profile.cpp")
+_RUNTIME = ("runtime.cpp", "signals.cpp", "checks.cpp", "profile.cpp")
 _RUNTIME_HEADERS = ("runtime.hpp", "worker.hpp", "checks.hpp", "profile.hpp")
 _KERNEL_HEADERS = ("cuda.hpp", "ptx.hpp", "runtime.hpp")
 _CHECKED = ("-fsanitize=thread", "-DEMULATED_CHECKED")  # at compile time only: what it calls stands in checks.cpp
@@ -70,14 +70,13 @@ def _build(name: str, ingredients: list[str], steps: list[list[str]], source: st
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built = Path(folder) / library.name
         for step in steps:
-            arguments = [argument.format(out=built, folder=folder) for argument in step]
+            arguments = [argument.replace("{out}", str(built)).replace("{folder}", folder) for argument in step]
             run = subprocess.run(
                 [*command, *arguments], input=source, capture_output=True, text=True, check=False, cwd=folder
             )
             if run.returncode:
-                raise CompileError(
-                    f"{command[0]} could not compile the kernel {name}:\n{run.stderr}{_advice(run.stderr, source)}"
-                )
+                advice = _advice(name, run.stderr, source)
+                raise CompileError(f"{command[0]} could not compile the kernel {name}:\n{run.stderr}{advice}")
         built.replace(library)
     return library
 
@@ -97,9 +96,11 @@ def compile_kernel(code: str, name: str, options: tuple[str, ...], arch: int, in
     flags = ["-std=c++17", "-O1", "-g1", "-gdwarf-4", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden"]
     flags += [f"-D__CUDA_ARCH__={arch}0", *options, *_own_flags()]
     flags += ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
+    clang = "clang" in _compiler(os.environ.get("CXX"), os.environ.get("PATH"))[1]
+    if not clang:
+        flags.append("-fno-extern-tls-init")  # GCC would call a function that begins `extern __shared__`: there is none
     if instrumented:
-        _, version = _compiler(os.environ.get("CXX"), os.environ.get("PATH"))
-        flags += [*_CHECKED, *_WHOLE_ACCESSES["clang" if "clang" in version else "gcc"]]
+        flags += [*_CHECKED, *_WHOLE_ACCESSES["clang" if clang else "gcc"]]
     dynamic = sorted(set(_DYNAMIC_SHARED.findall(code)))
     launcher = [f"EMULATED_KERNEL({name}, {'emulated_dynamic' if dynamic else 'emulated_no_dynamic'})"]
     if dynamic:
@@ -130,8 +131,11 @@ _UNKNOWN = (
 )
 
 
-def _advice(errors: str, source: str | None) -> str:
-    """What to do about CUDA that the emulated device does not have."""
+def _advice(name: str, errors: str, source: str | None) -> str:
+    """What to do about CUDA that the emulated device does not have, or a kernel that is not there."""
+    first = re.search(r"^(.*): error: ", errors, re.MULTILINE)
+    if first and first[1].startswith("launcher of"):
+        return f'\nThere is no kernel `{name}` in this source: one function extern "C" __global__ void {name}(...).'
     if header := re.search(r"fatal error: ['\"]?([\w/.]+)['\"]?(: No such file| file not found)", errors):
         return (
             f"\nNo header of CUDA's is here, {header[1]} neither. If few of its names are used, give them a place in "

@@ -22,7 +22,7 @@
 #define __global__
 #define __host__
 #define __device__
-#define __constant__ static
+#define __constant__
 #define __managed__
 #define __forceinline__ inline
 #define __noinline__ __attribute__((noinline))
@@ -32,8 +32,14 @@
 #define __shared__ thread_local  // a host thread runs one block at a time
 #define EMULATED 1
 
-#undef assert
-#define assert(condition) ((condition) ? (void)0 : emulated_trap("assertion failed: " #condition))
+// What the C library's assert calls.
+extern "C" __attribute__((used, visibility("hidden"))) EMULATED_CALLED void
+__assert_fail(const char* condition, const char*, unsigned, const char*) noexcept
+{
+    char why[256];
+    snprintf(why, sizeof why, "assertion failed: %s", condition);
+    emulated_trap(why, __builtin_return_address(0));
+}
 
 constexpr int warpSize = 32;
 constexpr unsigned emulated_full_mask = 0xffffffffu;
@@ -199,6 +205,9 @@ EMULATED_HIDDEN memset(void* to, int value, std::size_t size) noexcept
     return emulated_memset(to, value, size, __builtin_return_address(0));
 }
 #endif
+namespace std {
+using ::emulated_memmove, ::emulated_memset;
+}
 
 // Barriers and fences.
 EMULATED_INLINE void __syncthreads(unsigned line = __builtin_LINE()) { emulated_barrier(emulated::NO_VOTE, 0, line); }
@@ -214,9 +223,9 @@ EMULATED_INLINE int __syncthreads_or(int predicate, unsigned line = __builtin_LI
 {
     return emulated_barrier(emulated::OR, predicate, line);
 }
-inline void __threadfence() { emulated_fence(); }
-inline void __threadfence_block() {}
-inline void __threadfence_system() { emulated_fence(); }
+inline void __threadfence() { emulated_fence(emulated::OF_DEVICE); }
+inline void __threadfence_block() { emulated_fence(emulated::OF_BLOCK); }
+inline void __threadfence_system() { emulated_fence(emulated::OF_DEVICE); }
 inline void __nanosleep(unsigned) {}
 EMULATED_INLINE void __trap() { emulated_trap("__trap"); }
 
@@ -316,6 +325,8 @@ EMULATED_REDUCE(__reduce_xor_sync, (std::is_same<T, unsigned>::value), 0, a ^ b)
 template <class T, class Step>
 EMULATED_UNSEEN T emulated_atomic(T* address, const void* place, Step step)
 {
+    static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8, "atomics change 2, 4 or 8 bytes");
+    if ((std::size_t)address % sizeof(T)) emulated_unaligned_atomic(address, sizeof(T), place);
     using Bits = std::conditional_t<sizeof(T) == 8, std::uint64_t, std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint16_t>>;
     emulated_touch(address, sizeof *address, emulated::ATOMIC, place);
     Bits before = __atomic_load_n((Bits*)address, __ATOMIC_SEQ_CST);
@@ -420,3 +431,6 @@ using ::uint64_t;
 #define memcpy emulated_memmove
 #define memmove emulated_memmove
 #define memset emulated_memset
+#define __builtin_memcpy emulated_memmove
+#define __builtin_memmove emulated_memmove
+#define __builtin_memset emulated_memset
