@@ -94,7 +94,7 @@ def test_bytes_that_are_touched_again():
 
 def test_atomics_are_written_variables_of_a_thread_are_not_counted():
     assert measured("atomicAdd(y + i, 1.f);").written == Traffic(1, 128, 4, 128, 0, 1)
-    launch = measured("float mine[4] = {1, 2, 3, 4}; mine[i % 4] += 1; y[i] = mine[i / 8];")
+    launch = measured("float mine[4]; for (int k = 0; k < 4; ++k) mine[k] = k; mine[i % 4] += 1; y[i] = mine[i / 8];")
     assert (launch.read, launch.written.requests) == (Traffic(), 1)
 
 
@@ -172,7 +172,7 @@ def test_collectives_barriers_and_lines():
 
 
 def test_the_report_of_a_launch():
-    code = """__device__ float table[64];
+    code = """__device__ __align__(32) float table[64];
 extern "C" __global__ void f(int n, const float* x, int m, float* y) {
     __shared__ float s[1024]; extern __shared__ float d[];
     int i = threadIdx.x + 8 * (threadIdx.y + 2 * threadIdx.z);
