@@ -31,11 +31,11 @@ def test_an_example_prints_what_stands_below_it(page, at):
 
 
 def test_there_are_examples():
-    assert {page for page, _ in EXAMPLES} == {"README.md", "attention.md", "kernels.md", "many-sequences.md"}
+    assert {page for page, _ in EXAMPLES} == {"README.md", "attention.md", "many-sequences.md"}
 
 
 def test_the_readme_is_short():
-    assert len(README.splitlines()) <= 190
+    assert len(README.splitlines()) <= 240
 
 
 @pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda page: page.name)
