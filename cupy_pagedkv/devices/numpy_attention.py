@@ -35,6 +35,7 @@ _PIECE_ROWS = 32
 _PIECE_PRODUCTS = 2**18  # that OpenBLAS computes in one thread
 _TILE_KEYS = 2**18  # floats
 _TILE_SCORES = 2**16  # floats
+_LARGE_BLOCK = 2**12  # elements, which are converted where they lie rather than gathered first
 _MOST_WASTE = 1.25  # positions that a sequence of several walks through, of those that it sees
 _ENOUGH_JOBS = 16  # for all threads, though some be held up
 _PRODUCTS_PER_BYTE = 6  # that take as long as to read one
@@ -72,6 +73,8 @@ class _Part(NamedTuple):
     """``[sequences, blocks]``, from the one that holds ``start``."""
     start: int
     end: int
+    all_see: range
+    """The positions that every row sees."""
 
 
 class _State(NamedTuple):
@@ -182,6 +185,7 @@ def _parts(call: _Call, block_tables: _Array, seq_lens: _Array, cu_seqlens_q: _A
             start, stop = int(starts.min()), int(stops.max())
             if stop <= start:
                 start = stop = 0
+            all_see = range(int(positions[:, -1].max()) - left, int(min(lens.min(), positions[:, 0].min() + right + 1)))
             columns = np.arange(start // block_size, -(-stop // block_size))
             tables = block_tables[alike][:, columns]
             if len(alike) > 1:  # what a shorter sequence does not see may be no block
@@ -189,7 +193,7 @@ def _parts(call: _Call, block_tables: _Array, seq_lens: _Array, cu_seqlens_q: _A
                 tables = np.where(seen, tables, 0)
             for head in range(0, num_heads, head_step):
                 heads = slice(head, min(num_heads, head + head_step))
-                yield _Part(tokens, positions, lens, heads, tables, start, stop)
+                yield _Part(tokens, positions, lens, heads, tables, start, stop, all_see)
 
 
 def _alike(call: _Call, lens: _Array, counts: _Array) -> Iterator[list[int]]:
@@ -305,36 +309,44 @@ def _queries(call: _Call, part: _Part) -> _Array:
     piece = max(2, _even_step(group * num_tokens, _PIECE_ROWS))  # one row is no matrix, and has rules of its own
     num_pieces = -(-group * num_tokens // piece)
     rows = np.zeros((num_seqs, num_heads, num_pieces * piece, dim), np.float32)
-    queries = call.query[part.tokens, part.heads.start * group : part.heads.stop * group].astype(np.float32)
-    queries *= np.float32(scoring.softmax_scale / (scoring.softcap or 1))
+    queries = call.query[part.tokens, part.heads.start * group : part.heads.stop * group]
     by_head = queries.reshape(num_seqs, num_tokens, num_heads, group, dim).transpose(0, 2, 3, 1, 4)
-    rows[:, :, : group * num_tokens].reshape(by_head.shape)[...] = by_head
+    scale = np.float32(scoring.softmax_scale / (scoring.softcap or 1))
+    places = rows[:, :, : group * num_tokens].reshape(by_head.shape)
+    np.multiply(by_head, scale, out=places, dtype=np.float32)
     return np.ascontiguousarray(rows.reshape(num_seqs, num_heads, num_pieces, piece, dim).swapaxes(3, 4))
 
 
 def _load(pool: _Array, blocks: _Array, inside: slice, heads: slice, name: str) -> _Array:
     """float32 ``[sequences, positions, heads, head_dim]``: of the positions of ``blocks`` those ``inside``."""
-    of_heads = pool[:, :, heads]
-    if pool.itemsize == 4:
-        return of_heads[blocks].reshape(len(blocks), -1, *of_heads.shape[2:])[:, inside]
-    bits = of_heads.view(np.int16)[blocks].reshape(len(blocks), -1, *of_heads.shape[2:])[:, inside]
-    result = _buffers.take(name, bits.shape)
+    source, (num_seqs, num_blocks) = pool[:, :, heads], blocks.shape
+    result = _buffers.take(name, (num_seqs, num_blocks * pool.shape[1], *source.shape[2:]))
+    target = result
     if pool.dtype == np.float16:
-        _widen(bits, result)
+        source, target = source.view(np.int16), result.view(np.int32)
+    target = target.reshape(-1, *source.shape[1:])
+    if math.prod(source.shape[1:]) >= _LARGE_BLOCK:
+        for block, place in zip(blocks.ravel().tolist(), target, strict=True):
+            place[...] = source[block]
     else:
-        np.copyto(result, bits.view(pool.dtype))
+        target[...] = source[blocks.ravel()]
+    result = result[:, inside]
+    if pool.dtype == np.float16:
+        _widen(result)
     return result
 
 
-def _widen(bits: _Array, out: _Array) -> None:
-    """float32 of the bits of float16. NumPy's own conversion, which takes five times as long, does inf and NaN."""
-    wide = out.view(np.int32)
-    np.copyto(wide, bits)
-    wide <<= 13
-    wide &= np.int32(-0x70002000)  # the sign, and from the fourth bit behind it what was 15 bits
-    out *= np.float32(2.0**112)
-    if bits.max(initial=0) >= 0x7C00 or bits.view(np.uint16).max(initial=0) >= 0xFC00:
-        np.copyto(out, bits.view(np.float16))
+def _widen(numbers: _Array) -> None:
+    """Make float32, in place, of float16's bits as int32: of what is finite, one number after the other would take five
+    times as long."""
+    bits = numbers.view(np.int32)
+    bits <<= 13
+    bits &= np.int32(-0x70002000)  # the sign, and 15 bits from the fourth behind it
+    numbers *= np.float32(2.0**112)
+    if numbers.max(initial=0) >= 2.0**16 or numbers.min(initial=0) <= -(2.0**16):  # inf and NaN have become these
+        sizes = np.abs(numbers)
+        numbers[sizes == 2.0**16] *= np.float32(np.inf)
+        numbers[sizes > 2.0**16] = np.nan
 
 
 def _multiply(a: _Array, b: _Array, out: _Array) -> None:
@@ -347,12 +359,10 @@ def _multiply(a: _Array, b: _Array, out: _Array) -> None:
 def _hidden(call: _Call, part: _Part, first: int, last: int) -> _Array | None:
     """``[sequences, positions, tokens]``: which positions from ``first`` to before ``last`` a token does not see; None
     if every token sees them all."""
+    if part.all_see.start <= first and last <= part.all_see.stop:
+        return None
     left, right = call.scoring.left, call.scoring.right
     lens, tokens = part.seq_lens[:, None, None], part.positions[:, None, :]
-    lowest = part.positions[:, -1].max() - left
-    highest = min(part.seq_lens.min() - 1, part.positions[:, 0].min() + right)
-    if lowest <= first and last - 1 <= highest:
-        return None
     positions = np.arange(first, last)[:, None]
     return (positions >= lens) | (positions < tokens - left) | (positions > tokens + right)
 
@@ -397,16 +407,19 @@ def _merged(a: _State, b: _State) -> _State:
 
 
 def _write(call: _Call, part: _Part, state: _State) -> None:
-    num_seqs, num_tokens = part.tokens.shape
-    group = call.layout.group
+    num_tokens, group = part.tokens.shape[1], call.layout.group
     heads = slice(part.heads.start * group, part.heads.stop * group)
     if call.sinks is not None:  # a score of a value that is zero
         sinks = np.zeros_like(state.most)
         _by_token(call, part, sinks)[...] = call.sinks[heads].reshape(-1, group, 1)
         state = _merged(state, _State(sinks, np.ones_like(sinks), np.zeros_like(state.sums)))
-    sums = state.sums / np.where(state.total == 0, 1, state.total)[:, None]
-    by_token = _by_token(call, part, sums).transpose(0, 4, 2, 3, 1)
-    call.out[part.tokens, heads] = by_token.reshape(num_seqs, num_tokens, -1, by_token.shape[-1])
-    if call.lse is not None:
-        lse = _by_token(call, part, state.most + np.log(state.total)).transpose(0, 3, 1, 2)
-        call.lse[part.tokens, heads] = lse.reshape(num_seqs, num_tokens, -1)
+    divisors = _by_token(call, part, np.where(state.total == 0, 1, state.total)[:, None])
+    sums = _by_token(call, part, state.sums)
+    logs = _by_token(call, part, state.most + np.log(state.total))
+    for i, first in enumerate(part.tokens[:, 0].tolist()):
+        tokens = slice(first, first + num_tokens)
+        place = call.out[tokens, heads]
+        place = place.reshape(num_tokens, -1, group, place.shape[-1]).transpose(3, 1, 2, 0)
+        np.divide(sums[i], divisors[i], out=place, casting="unsafe")
+        if call.lse is not None:
+            call.lse[tokens, heads] = logs[i].reshape(-1, num_tokens).T
