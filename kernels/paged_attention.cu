@@ -590,7 +590,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_attention(
     }
     cp_async_wait_all();
     if (scratch) return;
-    __syncthreads();
+    __syncwarp();  // for the warp's own united sums
 
 #pragma unroll
     for (int r = 0; r < ROW_TILES; ++r)

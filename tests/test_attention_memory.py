@@ -45,6 +45,22 @@ def test_what_later_tokens_see_does_not_reach_earlier_ones(device, rng, dtype, v
             assert np.isnan(lse[first:]).all()
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_one_number_of_a_later_token_does_not_reach_earlier_ones(device, rng, value):
+    """Wherever it is among those that are looked at together."""
+    k_cache, v_cache = rng.standard_normal((2, 2, 16, 1, 16)).astype(np.float16)
+    query = rng.standard_normal((20, 2, 16)).astype(np.float16)
+    arguments = {"block_tables": [[0, 1]], "seq_lens": [20], "cu_seqlens_q": [0, 20]}
+    clean = device.numpy(paged_attention(*map(device.array, (query, k_cache, v_cache)), **arguments))
+    for element in range(16):
+        spoiled = v_cache.copy()
+        spoiled[1, 2, 0, element] = value
+        got = device.numpy(paged_attention(*map(device.array, (query, k_cache, spoiled)), **arguments))
+        assert np.array_equal(got[:18], clean[:18])
+        assert np.array_equal(np.delete(got, element, 2), np.delete(clean, element, 2))
+        assert not np.isfinite(got[18:, :, element]).any()
+
+
 @pytest.mark.parametrize("pool", [0, 1], ids="KV")
 def test_what_left_the_window_does_not_reach_a_row(device, rng, pool):
     """Tokens before it see it; the window is each row's, not a tile's."""
