@@ -69,7 +69,7 @@ __device__ __forceinline__ End end_of(const Sum& sum)
 __device__ __forceinline__ End end_of(const Sum& sum, float sink)
 {
     Sum more;
-    more.most = sink * LOG2_E;
+    more.most = __fmul_rn(sink, LOG2_E);
     more.total = 1;
     const United u = unite(sum, more);
     End end = end_of(u.sum);

@@ -395,3 +395,12 @@ def test_merge_refuses_states_that_do_not_agree(device):
     ):
         with pytest.raises(error, match=message):
             merge_attention_states(**{**good, **spoiled})
+
+
+def test_pools_between_elements(kernel_device):
+    """Copies take them as they are; arithmetic has no loads for them."""
+    memory = kernel_device.xp.zeros(2 * 4 * 8 * 16 + 1, np.uint8)
+    pool = memory[1:].view(np.float16).reshape(4, 8, 1, 16)
+    query = kernel_device.xp.zeros((1, 1, 16), np.float16)
+    with pytest.raises(ValueError, match="pools must lie at multiples of the 2 bytes of an element"):
+        paged_attention(query, pool, pool, [[0]], [1])

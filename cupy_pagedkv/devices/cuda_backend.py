@@ -8,6 +8,7 @@ to call is an argument. Nothing here checks its arguments (``ops`` has), and not
 import functools
 import math
 from collections import deque
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -157,6 +158,7 @@ class CudaBackend:
         self._copy_plan = functools.lru_cache(4096)(self._make_copy_plan)
         self._attention_plan = functools.lru_cache(4096)(self._make_attention_plan)
         self._processors = functools.cache(self._count_processors)
+        self._architecture: Callable[[Any], tuple[int, int]] = functools.cache(self._read_architecture)
 
     def _build_kernel(self, name: str, defines: Defines) -> Any:
         return self.xp.RawKernel(source_of(name, defines), name, ("-std=c++17",))
@@ -164,7 +166,7 @@ class CudaBackend:
     def _count_processors(self, device: Any) -> int:
         return self.xp.cuda.Device(device).attributes["MultiProcessorCount"]  # type: ignore[no-any-return]
 
-    def _architecture(self, device: Any) -> tuple[int, int]:
+    def _read_architecture(self, device: Any) -> tuple[int, int]:
         """The compute capability, as 90, and the bytes of shared memory that a thread block can have."""
         place = self.xp.cuda.Device(device)
         return int(place.compute_capability), place.attributes["MaxSharedMemoryPerBlockOptin"]
@@ -298,15 +300,16 @@ class CudaBackend:
         device = self._device(query)
         sizes = (block_tables.itemsize, seq_lens.itemsize, cu_seqlens_q.itemsize if packed else seq_lens.itemsize)
         v_is_k = self._address(k_cache) == self._address(v_cache) and k_cache.strides == v_cache.strides
-        plan = self._attention_plan(
-            layout, self._many_rows(layout, num_seqs, max_seqlen_q if packed else 1),
-            v_is_k and v_cache.shape[3] <= k_cache.shape[3], self._misalignment((k_cache, v_cache)),
-            scoring.softcap > 0, device, self._architecture(device), *sizes,
-        )  # fmt: skip
+        with self.on(query.device):  # whose kernel is told how much shared memory it may have
+            plan = self._attention_plan(
+                layout, self._many_rows(layout, num_seqs, max_seqlen_q if packed else 1),
+                v_is_k and v_cache.shape[3] <= k_cache.shape[3], self._misalignment((k_cache, v_cache)),
+                scoring.softcap > 0, device, self._architecture(device), *sizes,
+            )  # fmt: skip
         spread = spread_of(layout, plan.shape, scoring, num_seqs, max_blocks, packed, self._processors(device))
         if scratch is None and spread.scratch:
             scratch = self.empty((spread.scratch,), np.dtype(np.float32), query.device)
-        elif scratch is not None and scratch.size < spread.scratch:
+        elif scratch is not None and (scratch.size < spread.scratch or self._address(scratch) % 8):  # it is float2
             spread = Spread((*spread.grid[:2], 1), 0, 0)
         split = spread.splits > 0
 
@@ -409,6 +412,11 @@ class CudaBackend:
         access = math.gcd(16, misalignment, *(n * item for n in (layout.k_cache.shape[4], layout.v_cache.shape[4])))
         for pool in (layout.k_cache, layout.v_cache):
             access = math.gcd(access, *(s for s, n in zip(pool.strides[1:4], pool.shape[1:4], strict=True) if n > 1))
+        if access < item:
+            raise ValueError(
+                f"pools must lie at multiples of the {item} bytes of an element, and so must their strides, "
+                "to be computed with; copy them to where they do"
+            )
         shape = shape_of(layout, many_rows, v_is_k, access, softcap, *architecture)
         kernel = self._kernel("paged_attention", shape.defines + _index_types("paged_attention", index_sizes))
         kernel.max_dynamic_shared_size_bytes = shape.shared_bytes

@@ -25,6 +25,7 @@ class EmulatedBackend(HostArrays, CudaBackend):
 
     def __init__(self) -> None:
         super().__init__(np)
+        self._architecture = self._read_architecture  # which can change
 
     def _build_kernel(self, name: str, defines: tuple[tuple[str, str | int], ...]) -> RawKernel:
         return RawKernel(source_of(name, defines), name)
@@ -32,7 +33,7 @@ class EmulatedBackend(HostArrays, CudaBackend):
     def _count_processors(self, device: str) -> int:
         return 4  # so that small launches use thread blocks of each size
 
-    def _architecture(self, device: str) -> tuple[int, int]:
+    def _read_architecture(self, device: str) -> tuple[int, int]:
         arch = settings().arch
         return arch, ARCHITECTURES[arch].shared_memory_of_block
 
