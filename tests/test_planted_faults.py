@@ -115,13 +115,28 @@ PROLOGUE = "look_up(shared.places[i % 2], ahead);\n        __syncthreads();"
         ("paged_attention", "most;\n        }\n    __syncthreads();", "most;\n        }", "race|no thread"),
         ("paged_attention", "before);\n        }\n    __syncthreads();", "before);\n        }", "race|no thread"),
         ("paged_attention", "cp_async_wait<STAGES - 1>();", "cp_async_wait<STAGES>();", "waited for"),
-        ("paged_attention", "if (any.has(p)) {", "if (any.first <= p) {", "past the end"),
-        ("paged_attention", "block * k_block + p % BLOCK_SIZE * k_slot", "block * k_block * 2", "past the end"),
-        ("paged_attention", "block * v_block + p % BLOCK_SIZE * v_slot", "block * v_block * 2", "past the end"),
+        ("paged_attention", "if (any.has(p)) {", "if (any.first <= p) {", "past the end|before the beginning"),
+        (
+            "paged_attention",
+            "block * k_block + p % BLOCK_SIZE * k_slot",
+            "block * k_block * 2",
+            "past the end|before the beginning",
+        ),
+        (
+            "paged_attention",
+            "block * v_block + p % BLOCK_SIZE * v_slot",
+            "block * v_block * 2",
+            "past the end|before the beginning",
+        ),
         ("paged_attention", "i < TILE * CHUNKS", "i <= TILE * CHUNKS", "race|shared|in flight"),
         ("paged_attention", "if (row.token < 0) continue;", "", "race|before the beginning of an array"),
         ("merge_splits", "column >= V_DIM", "column > V_DIM", "race|past the end"),
-        ("merge_splits", "scratch + row * (V_DIM + 2)", "scratch + row * (V_DIM + 9999)", "past the end"),
+        (
+            "merge_splits",
+            "scratch + row * (V_DIM + 2)",
+            "scratch + row * (V_DIM + 9999)",
+            "past the end|before the beginning",
+        ),
     ],
 )
 def test_a_fault_planted_in_attention_is_found(kernel, good, bad, message):
