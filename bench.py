@@ -4,6 +4,7 @@
     python bench.py gather_cache --only 8x128   some of them
     python bench.py reshape_and_cache --watch   waits for a save of the kernel, then a verdict in seconds
     python bench.py manager                     the host's work for many sequences
+    python bench.py attention                   attention over the block tables
     python bench.py --kernels                   what the compiler makes of the kernels and what they move, with no GPU
 
 PyTorch, Triton and xxhash compete where they are installed. What is measured, and how, is in benchmarks/.
@@ -15,14 +16,26 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from benchmarks.attention import cases as attention_cases
+from benchmarks.attention import measure_attention
 from benchmarks.cases import BLOCK_SIZE, OPERATIONS, SHAPES, TOKENS, Case
 from benchmarks.chores import Chore, chores
 from benchmarks.emulation import speed_bars
 from benchmarks.kernels import KERNELS, print_reports
-from benchmarks.output import bars, chore_bars, chore_lines, machine, plot, table
+from benchmarks.output import (
+    attention_bars,
+    attention_lines,
+    bars,
+    chore_bars,
+    chore_lines,
+    machine,
+    plot,
+    table,
+)
 from benchmarks.timing import Row, measure
 from benchmarks.traffic import traffic_bars
 from benchmarks.watch import check_when_told, watch
@@ -30,13 +43,18 @@ from cupy_pagedkv.devices import backend
 from cupy_pagedkv.devices.cuda_backend import CudaBackend
 from cupy_pagedkv.emulator import nvrtc
 
-MANAGER = "manager"
+MANAGER, ATTENTION = "manager", "attention"
 
 
 def parser_of_arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("kernel", nargs="?", choices=(*KERNELS, MANAGER), help="only what runs this kernel, or the bookkeeping alone")
+    add(
+        "kernel",
+        nargs="?",
+        choices=(*KERNELS, MANAGER, ATTENTION),
+        help="only what runs this kernel, or the bookkeeping alone, or attention, which nothing else runs",
+    )
     add("--device", choices=["cpu", "cuda"], help="by default a GPU where there is one")
     add("--only", nargs="+", default=[], metavar="TEXT", help="rows with all of these words in their name, such as "
         "gather, blocks, 8x128, float32 or tokens=512")  # fmt: skip
@@ -50,11 +68,38 @@ def parser_of_arguments() -> argparse.ArgumentParser:
     return parser
 
 
+def run_attention(parser: argparse.ArgumentParser, options: argparse.Namespace, device: str, xp: Any) -> int:
+    cases = [case for case in attention_cases(options.quick) if set(options.only) <= set(case.label.split())]
+    if not cases:
+        example = next(attention_cases(options.quick)).label
+        parser.error(f"no row has all of {options.only} in its name, such as {example!r}")
+    facts = machine(device, xp)
+    print(", ".join(f"{name} {fact}" for name, fact in facts.items()))
+    print("GB/s count K and V, which are read once.\n")
+    rows: list[Row] = []
+
+    def measured() -> Iterator[Row]:
+        for case in cases:
+            rows.append(measure_attention(case, xp, 0.05 if options.quick else 0.7))
+            yield rows[-1]
+
+    for line in attention_lines(measured()):
+        print(line, flush=True)
+    print()
+    for line in attention_bars(rows, xp is not np):
+        print(line)
+    if options.json:
+        Path(options.json).write_text(
+            json.dumps({"machine": facts, "attention": [asdict(row) for row in rows]}, indent=1)
+        )
+    return 0
+
+
 def main() -> int:
     parser = parser_of_arguments()
     options = parser.parse_args()
-    if (options.watch or options.kernels) and options.kernel == MANAGER:
-        parser.error("the manager is no kernel")
+    if (options.watch or options.kernels) and options.kernel in (MANAGER, ATTENTION):
+        parser.error(f"{options.kernel} is no kernel")
     if options.watch and options.kernel is None:
         parser.error(f"--watch needs the kernel: {' or '.join(KERNELS)}")
     for path in filter(None, (options.json, options.plot)):
@@ -79,6 +124,9 @@ def main() -> int:
             for line in (*traffic_bars(kernels), *speed_bars()):
                 print(line, flush=True)
         return failed
+
+    if options.kernel == ATTENTION:
+        return run_attention(parser, options, place.name, xp)
 
     cases = [
         Case(operation, *shape, tokens)

@@ -1,6 +1,6 @@
-"""What bench.py runs: cases and contenders, their times, the manager's chores, reports on kernels, what is printed.
+"""What bench.py runs: cases and contenders, their times, attention, the manager's chores, reports on kernels, what is printed.
 
-Modules import one way: cases; timing and kernels of it; chores and watch of those; output last.
+Modules import one way: cases; timing and kernels of it; attention, chores and watch of those; output last.
 """
 
 import sys

@@ -4,10 +4,12 @@ import os
 import platform
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import date
+from itertools import product
 from typing import Any
 
 import numpy as np
 
+from .attention import DTYPES, EMPTY, READ, best_torch
 from .cases import FLOOR, OPERATIONS, OURS, torch, triton
 from .chores import Chore
 from .timing import Row
@@ -89,6 +91,45 @@ def bars(rows: Sequence[Row], on_gpu: bool) -> Iterable[str]:
     single = [row for row in rows if row.case.tokens == 1 and row.case.operation.startswith("scatter")]
     yield from bar("update of one token >= 1.0 of two index_copy_", 1.0,
                    [r for row in single for r in rivals(row, "torch")])  # fmt: skip
+
+
+def attention_lines(rows: Iterable[Row]) -> Iterator[str]:
+    """A header, and a line for each row as it comes."""
+    floor = None
+    for row in rows:
+        if floor is None:
+            floor = FLOOR if FLOOR in row.seconds else READ
+            yield f"{'attention':<60}{'µs':>10}{'GB/s':>8}   of {floor}, x the best of PyTorch"
+        seconds, best = row.seconds[OURS], best_torch(row)
+        cells = [f"{row.seconds[floor] / seconds:.2f}", *([f"{row.ratio_to(best):.2f} {best}"] if best else [])]
+        yield (f"{row.case.label:<60}{seconds * 1e6:>10.1f}{row.case.bytes / seconds / 1e9:>8.1f}   {', '.join(cells)}")
+
+
+def attention_bars(rows: Sequence[Row], on_gpu: bool) -> Iterator[str]:
+    """What this package sets itself: see bars()."""
+
+    def against_torch(name: str, dtype: str | None = None) -> list[tuple[Row, float]]:
+        """Rows of a name and dtype, and how many times as fast as PyTorch they are."""
+        of_name = [row for row in rows if row.case.name == name and dtype in (None, row.case.dtype)]
+        return [(row, row.ratio_to(best)) for row in of_name if (best := best_torch(row))]
+
+    if on_gpu:
+        read = [row for row in rows if (row.case.batch, row.case.length) in ((64, 2048), (8, 16384))]
+        yield from bar("decode >= 0.85 of a kernel that reads as much", 0.85,
+                       [(row.ratio_to(READ), row.case.label) for row in read if row.case.name == "decode"])  # fmt: skip
+        yield from bar("prefill >= 0.6 of PyTorch over K and V that lie in one piece", 0.6,
+                       [(ratio, row.case.label) for row, ratio in against_torch("prefill")])  # fmt: skip
+        short = [row for row in rows if row.case.name == "decode" and row.case.batch * row.case.length <= 128]
+        yield from bar("decode of one short sequence within 2.0 of two empty kernels (as its inverse)", 1 / 2.0,
+                       [(row.ratio_to(EMPTY), row.case.label) for row in short])  # fmt: skip
+        return
+    for name, dtype in product(("decode", "prefill", "MLA"), DTYPES):
+        for text, at_least, longer in (("from", 1.3, True), ("below", 1.0, False)):
+            yield from bar(
+                f"{name}, {dtype}, >= {at_least} of PyTorch {text} 2,048 tokens in all", at_least,
+                [(ratio, row.case.label) for row, ratio in against_torch(name, dtype)
+                 if (row.case.batch * row.case.length >= 2048) == longer],
+            )  # fmt: skip
 
 
 def machine(name: str, xp: Any) -> dict[str, str]:

@@ -33,8 +33,9 @@ _Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 _PART_ROWS = 512  # of all KV heads and sequences
 _PIECE_ROWS = 32
 _PIECE_PRODUCTS = 2**18  # that OpenBLAS computes in one thread
-_TILE_KEYS = 2**18  # floats
-_TILE_SCORES = 2**16  # floats
+_LOADED = 2**17  # floats of K or V at once
+_SCORED = 2**16  # scores at once
+_LARGE_BLOCK = 2**12  # elements, which are converted where they lie rather than gathered first
 _MOST_WASTE = 1.25  # positions that a sequence of several walks through, of those that it sees
 _ENOUGH_JOBS = 16  # for all threads, though some be held up
 _PRODUCTS_PER_BYTE = 6  # that take as long as to read one
@@ -72,6 +73,19 @@ class _Part(NamedTuple):
     """``[sequences, blocks]``, from the one that holds ``start``."""
     start: int
     end: int
+    all_see: range
+    """The positions that every row sees."""
+
+
+class _Tile(NamedTuple):
+    """Some blocks of a part's tables, and the positions of these that it sees."""
+
+    first_block: int
+    last_block: int
+    first: int
+    last: int
+    skipped: int
+    """Positions of the first block before ``first``."""
 
 
 class _State(NamedTuple):
@@ -178,6 +192,7 @@ def _parts(call: _Call, block_tables: _Array, seq_lens: _Array, cu_seqlens_q: _A
             start, stop = int(starts.min()), int(stops.max())
             if stop <= start:
                 start = stop = 0
+            all_see = range(int(positions[:, -1].max()) - left, int(min(lens.min(), positions[:, 0].min() + right + 1)))
             columns = np.arange(start // block_size, -(-stop // block_size))
             tables = block_tables[alike][:, columns]
             if len(alike) > 1:  # what a shorter sequence does not see may be no block
@@ -185,7 +200,7 @@ def _parts(call: _Call, block_tables: _Array, seq_lens: _Array, cu_seqlens_q: _A
                 tables = np.where(seen, tables, 0)
             for head in range(0, num_heads, head_step):
                 heads = slice(head, min(num_heads, head + head_step))
-                yield _Part(tokens, positions, lens, heads, tables, start, stop)
+                yield _Part(tokens, positions, lens, heads, tables, start, stop, all_see)
 
 
 def _alike(call: _Call, lens: _Array, counts: _Array) -> Iterator[list[int]]:
@@ -202,7 +217,7 @@ def _alike(call: _Call, lens: _Array, counts: _Array) -> Iterator[list[int]]:
             if (
                 counts[i] == counts[alike[0]]
                 and columns * call.layout.group * counts[i] <= _PART_ROWS
-                and columns * span * dim <= _TILE_KEYS
+                and columns * span * dim <= _LOADED
                 and span <= _MOST_WASTE * (lens[alike[0]] - starts[alike[0]])
             ):
                 alike.append(i)
@@ -243,48 +258,64 @@ def _jobs(call: _Call, part: _Part, most_stretches: int) -> Iterator[threads.Job
 
 def _attend(call: _Call, part: _Part, first_block: int, last_block: int) -> _State:
     """The state of a part's rows after the blocks from ``first_block`` to before ``last_block`` of its tables."""
-    block_size = call.layout.block_size
     queries = _queries(call, part)
-    num_seqs, num_heads, num_pieces, dim, piece = queries.shape
-    v_dim, num_rows = call.v_cache.shape[3], num_pieces * piece
+    num_seqs, num_heads, num_pieces, dim, piece_rows = queries.shape
+    columns, num_rows, v_dim = num_seqs * num_heads, num_pieces * piece_rows, call.v_cache.shape[3]
     most = np.full((num_seqs, num_heads, num_rows), _LOWEST)
     total = np.zeros_like(most)
     sums = np.zeros((num_seqs, v_dim, num_heads, num_rows), np.float32)
     products = _buffers.take("products", sums.shape)
-    columns = num_seqs * num_heads
-    step = max(1, min(_TILE_KEYS // (columns * dim), _TILE_SCORES // (columns * num_rows)) // block_size)
-    origin = part.start // block_size * block_size
-    for block in range(first_block, last_block, step):
-        blocks = part.tables[:, block : min(block + step, last_block)]
-        place = origin + block * block_size
-        first, last = max(part.start, place), min(part.end, place + blocks.shape[1] * block_size)
-        inside = slice(first - place, last - place)
-        hidden = _hidden(call, part, first, last)
-
-        k = _load(call.k_cache, blocks, inside, part.heads, "k")
-        scores = _buffers.take("scores", (num_seqs, last - first, num_heads, num_rows))
-        by_piece = scores.reshape(*scores.shape[:3], num_pieces, piece).transpose(0, 2, 3, 1, 4)
-        _multiply(k.transpose(0, 2, 1, 3)[:, :, None], queries, by_piece)
-        _score(call, part, scores, first, hidden)
+    loaded = _LOADED // (columns * dim)
+    scored = _SCORED // (columns * num_rows)
+    for tile in _tiles(call, part, first_block, last_block, min(loaded, scored) if call.v_in_k else scored):
+        scores = _buffers.take("scores", (num_seqs, tile.last - tile.first, num_heads, num_rows))
+        pieces = [
+            (piece, slice(piece.first - tile.first, piece.last - tile.first))
+            for piece in _tiles(call, part, tile.first_block, tile.last_block, loaded)
+        ]
+        hidden = _hidden(call, part, tile)
+        for piece, here in pieces:
+            k = _load(call.k_cache, part, piece)
+            _multiply(k.transpose(0, 2, 1, 3)[:, :, None], queries, _pieces(scores[:, here], piece_rows))
+        _score(call, part, scores, tile, hidden)
 
         before, most = most, np.maximum(most, scores.max(1))
         scores -= most[:, None]
-        np.exp(scores, out=scores)
+        weights = np.exp(scores, out=scores)
         shrink = np.exp(before - most)
         total *= shrink
-        total += scores.sum(1)
+        total += weights.sum(1)
 
-        v = k[..., :v_dim] if call.v_in_k else _load(call.v_cache, blocks, inside, part.heads, "v")
-        apart = _take_out_hidden(v, hidden)
-        by_piece_of_products = products.reshape(*products.shape[:3], num_pieces, piece).transpose(0, 2, 3, 1, 4)
-        _multiply(v.transpose(0, 2, 3, 1)[:, :, None], by_piece, by_piece_of_products)
-        for i, position, value, hidden_from in apart:
-            weights = _by_token(call, part, scores[i, position])
-            seen = np.where(hidden_from, 0, weights * value.T[..., None, None])
-            _by_token(call, part, products[i])[...] += seen
         sums *= shrink[:, None]
-        sums += products
+        for piece, here in pieces:
+            v = k[..., :v_dim] if call.v_in_k else _load(call.v_cache, part, piece)
+            apart = [] if hidden is None else _take_out_hidden(v, hidden[:, here])
+            _multiply(
+                v.transpose(0, 2, 3, 1)[:, :, None],
+                _pieces(weights[:, here], piece_rows),
+                _pieces(products, piece_rows),
+            )
+            for i, position, value, hidden_from in apart:
+                weight = _by_token(call, part, weights[i, here][position])
+                _by_token(call, part, products[i])[...] += np.where(hidden_from, 0, weight * value.T[..., None, None])
+            sums += products
     return _State(most, total, sums)
+
+
+def _tiles(call: _Call, part: _Part, first_block: int, last_block: int, num_positions: int) -> Iterator[_Tile]:
+    """Of so many positions, but of one block at least."""
+    block_size = call.layout.block_size
+    step, origin = max(1, num_positions // block_size), part.start // block_size
+    for block in range(first_block, last_block, step):
+        end = min(block + step, last_block)
+        first, last = (origin + block) * block_size, (origin + end) * block_size
+        yield _Tile(block, end, max(part.start, first), min(part.end, last), max(0, part.start - first))
+
+
+def _pieces(columns: _Array, piece_rows: int) -> _Array:
+    """A view of ``[sequences, n, heads, rows]`` as ``[sequences, heads, pieces, n, rows of a piece]``."""
+    num_seqs, n, num_heads, _ = columns.shape
+    return columns.reshape(num_seqs, n, num_heads, -1, piece_rows).transpose(0, 2, 3, 1, 4)
 
 
 def _by_token(call: _Call, part: _Part, rows: _Array) -> _Array:
@@ -300,37 +331,49 @@ def _queries(call: _Call, part: _Part) -> _Array:
     num_heads, dim = _num_heads(part), call.query.shape[2]
     piece = max(2, _even_step(group * num_tokens, _PIECE_ROWS))  # one row is no matrix, and has rules of its own
     num_pieces = -(-group * num_tokens // piece)
-    rows = np.zeros((num_seqs, num_heads, num_pieces * piece, dim), np.float32)
-    queries = call.query[part.tokens, part.heads.start * group : part.heads.stop * group].astype(np.float32)
-    queries *= np.float32(scoring.softmax_scale / (scoring.softcap or 1))
+    rows = _buffers.take("rows", (num_seqs, num_heads, num_pieces * piece, dim))
+    rows[:, :, group * num_tokens :] = 0
+    queries = call.query[part.tokens, part.heads.start * group : part.heads.stop * group]
     by_head = queries.reshape(num_seqs, num_tokens, num_heads, group, dim).transpose(0, 2, 3, 1, 4)
-    rows[:, :, : group * num_tokens].reshape(by_head.shape)[...] = by_head
-    return np.ascontiguousarray(rows.reshape(num_seqs, num_heads, num_pieces, piece, dim).swapaxes(3, 4))
-
-
-def _load(pool: _Array, blocks: _Array, inside: slice, heads: slice, name: str) -> _Array:
-    """float32 ``[sequences, positions, heads, head_dim]``: of the positions of ``blocks`` those ``inside``."""
-    of_heads = pool[:, :, heads]
-    if pool.itemsize == 4:
-        return of_heads[blocks].reshape(len(blocks), -1, *of_heads.shape[2:])[:, inside]
-    bits = of_heads.view(np.int16)[blocks].reshape(len(blocks), -1, *of_heads.shape[2:])[:, inside]
-    result = _buffers.take(name, bits.shape)
-    if pool.dtype == np.float16:
-        _widen(bits, result)
-    else:
-        np.copyto(result, bits.view(pool.dtype))
+    scale = np.float32(scoring.softmax_scale / (scoring.softcap or 1))
+    places = rows[:, :, : group * num_tokens].reshape(by_head.shape)
+    np.multiply(by_head, scale, out=places, dtype=np.float32)
+    result = _buffers.take("queries", (num_seqs, num_heads, num_pieces, dim, piece))
+    result[...] = rows.reshape(num_seqs, num_heads, num_pieces, piece, dim).swapaxes(3, 4)
     return result
 
 
-def _widen(bits: _Array, out: _Array) -> None:
-    """float32 of the bits of float16. NumPy's own conversion, which takes five times as long, does inf and NaN."""
-    wide = out.view(np.int32)
-    np.copyto(wide, bits)
-    wide <<= 13
-    wide &= np.int32(-0x70002000)  # the sign, and from the fourth bit behind it what was 15 bits
-    out *= np.float32(2.0**112)
-    if bits.max(initial=0) >= 0x7C00 or bits.view(np.uint16).max(initial=0) >= 0xFC00:
-        np.copyto(out, bits.view(np.float16))
+def _load(pool: _Array, part: _Part, tile: _Tile) -> _Array:
+    """float32 ``[sequences, positions, heads, head_dim]``, until the next call."""
+    source = pool[:, :, part.heads]
+    blocks = part.tables[:, tile.first_block : tile.last_block]
+    result = _buffers.take("loaded", (len(blocks), blocks.shape[1] * pool.shape[1], *source.shape[2:]))
+    target = result
+    if pool.dtype == np.float16:
+        source, target = source.view(np.int16), result.view(np.int32)
+    target = target.reshape(-1, *source.shape[1:])
+    if math.prod(source.shape[1:]) >= _LARGE_BLOCK:
+        for block, place in zip(blocks.ravel().tolist(), target, strict=True):
+            place[...] = source[block]
+    else:
+        target[...] = source[blocks.ravel()]
+    result = result[:, tile.skipped : tile.skipped + tile.last - tile.first]
+    if pool.dtype == np.float16:
+        _widen(result)
+    return result
+
+
+def _widen(numbers: _Array) -> None:
+    """Make float32, in place, of float16's bits as int32: of what is finite, one number after the other would take five
+    times as long."""
+    bits = numbers.view(np.int32)
+    bits <<= 13
+    bits &= np.int32(-0x70002000)  # the sign, and 15 bits from the fourth behind it
+    numbers *= np.float32(2.0**112)
+    if numbers.max(initial=0) >= 2.0**16 or numbers.min(initial=0) <= -(2.0**16):  # inf and NaN have become these
+        sizes = np.abs(numbers)
+        numbers[sizes == 2.0**16] *= np.float32(np.inf)
+        numbers[sizes > 2.0**16] = np.nan
 
 
 def _multiply(a: _Array, b: _Array, out: _Array) -> None:
@@ -340,38 +383,34 @@ def _multiply(a: _Array, b: _Array, out: _Array) -> None:
         np.matmul(a[..., first : first + step, :], b, out=out[..., first : first + step, :])
 
 
-def _hidden(call: _Call, part: _Part, first: int, last: int) -> _Array | None:
-    """``[sequences, positions, tokens]``: which positions from ``first`` to before ``last`` a token does not see; None
-    if every token sees them all."""
+def _hidden(call: _Call, part: _Part, tile: _Tile) -> _Array | None:
+    """``[sequences, positions, tokens]``: which positions a token does not see; None if every token sees them
+    all."""
+    if part.all_see.start <= tile.first and tile.last <= part.all_see.stop:
+        return None
     left, right = call.scoring.left, call.scoring.right
     lens, tokens = part.seq_lens[:, None, None], part.positions[:, None, :]
-    lowest = part.positions[:, -1].max() - left
-    highest = min(part.seq_lens.min() - 1, part.positions[:, 0].min() + right)
-    if lowest <= first and last - 1 <= highest:
-        return None
-    positions = np.arange(first, last)[:, None]
+    positions = np.arange(tile.first, tile.last)[:, None]
     return (positions >= lens) | (positions < tokens - left) | (positions > tokens + right)
 
 
-def _score(call: _Call, part: _Part, scores: _Array, first: int, hidden: _Array | None) -> None:
-    """Make scores, in place, of products of queries and the keys from the position ``first`` on."""
+def _score(call: _Call, part: _Part, scores: _Array, tile: _Tile, hidden: _Array | None) -> None:
+    """Make scores, in place, of the products of queries and keys."""
     if call.scoring.softcap:
         np.tanh(scores, out=scores)
         scores *= np.float32(call.scoring.softcap)
     by_token = _by_token(call, part, scores)
     if call.alibi_slopes is not None:
-        distances = np.abs(part.positions[:, None] - np.arange(first, first + scores.shape[1])[:, None])
+        distances = np.abs(part.positions[:, None] - np.arange(tile.first, tile.last)[:, None])
         slopes = call.alibi_slopes.reshape(-1, call.layout.group, 1)[part.heads]
         by_token -= slopes * distances.astype(np.float32)[:, :, None, None]
     if hidden is not None:
         np.copyto(by_token, -np.inf, where=hidden[:, :, None, None])
 
 
-def _take_out_hidden(v: _Array, hidden: _Array | None) -> list[tuple[int, int, _Array, _Array]]:
+def _take_out_hidden(v: _Array, hidden: _Array) -> list[tuple[int, int, _Array, _Array]]:
     """Make zeros, in place, of what no token sees, and of what not every token sees where it is not finite, since zero
     times that is NaN. Returns the latter: sequence, position, V of its heads, and which tokens do not see it."""
-    if hidden is None:
-        return []
     of_none = hidden.all(2)
     v[of_none] = 0
     of_some = hidden.any(2) & ~of_none
@@ -393,16 +432,17 @@ def _merged(a: _State, b: _State) -> _State:
 
 
 def _write(call: _Call, part: _Part, state: _State) -> None:
-    num_seqs, num_tokens = part.tokens.shape
-    group = call.layout.group
+    num_tokens, group = part.tokens.shape[1], call.layout.group
     heads = slice(part.heads.start * group, part.heads.stop * group)
     if call.sinks is not None:  # a score of a value that is zero
         sinks = np.zeros_like(state.most)
         _by_token(call, part, sinks)[...] = call.sinks[heads].reshape(-1, group, 1)
         state = _merged(state, _State(sinks, np.ones_like(sinks), np.zeros_like(state.sums)))
-    sums = state.sums / np.where(state.total == 0, 1, state.total)[:, None]
-    by_token = _by_token(call, part, sums).transpose(0, 4, 2, 3, 1)
-    call.out[part.tokens, heads] = by_token.reshape(num_seqs, num_tokens, -1, by_token.shape[-1])
-    if call.lse is not None:
-        lse = _by_token(call, part, state.most + np.log(state.total)).transpose(0, 3, 1, 2)
-        call.lse[part.tokens, heads] = lse.reshape(num_seqs, num_tokens, -1)
+    results = state.sums / np.where(state.total == 0, 1, state.total)[:, None]
+    results = np.ascontiguousarray(_by_token(call, part, results).transpose(0, 4, 2, 3, 1))
+    lse = None if call.lse is None else _by_token(call, part, state.most + np.log(state.total)).transpose(0, 3, 1, 2)
+    for i, first in enumerate(part.tokens[:, 0].tolist()):
+        tokens = slice(first, first + num_tokens)
+        call.out[tokens, heads] = results[i].reshape(num_tokens, -1, results.shape[-1])
+        if call.lse is not None and lse is not None:
+            call.lse[tokens, heads] = lse[i].reshape(num_tokens, -1)
