@@ -1,4 +1,4 @@
-"""What bench.py runs: cases and contenders, their times, attention, the manager's chores, reports on kernels, what is printed.
+"""What bench.py runs: cases, contenders and their times, attention, the manager's chores, reports on kernels, output.
 
 Modules import one way: cases; timing and kernels of it; attention, chores and watch of those; output last.
 """

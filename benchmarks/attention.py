@@ -27,7 +27,8 @@ READ, EMPTY = "a kernel that reads", "two empty kernels"
 _SUM = """
 extern "C" __global__ void sum(const uint4* k, const uint4* v, long long n, unsigned* out) {
     unsigned total = 0;
-    for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < n; i += gridDim.x * (long long)blockDim.x) {
+    const long long threads = gridDim.x * (long long)blockDim.x;
+    for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < n; i += threads) {
         const uint4 a = k[i], b = v[i];
         total += a.x ^ a.y ^ a.z ^ a.w ^ b.x ^ b.y ^ b.z ^ b.w;
     }

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import oracle
 
-from cupy_pagedkv import PagedKVCache, copy_blocks, reshape_and_cache
+from cupy_pagedkv import PagedKVCache, copy_blocks, merge_attention_states, paged_attention, reshape_and_cache
 from cupy_pagedkv.devices import backend
 from cupy_pagedkv.devices.cuda_backend import source_of
 from cupy_pagedkv.devices.emulated_backend import EmulatedBackend
@@ -20,8 +20,19 @@ from cupy_pagedkv.emulator import nvrtc
 
 from .cases import BLOCK_SIZE, SHAPES, wrong_bytes
 
+GROUP = 4  # query heads of a KV head
+
 SOURCES = Path(__file__).resolve().parents[1] / "kernels"
 KERNELS = tuple(sorted(path.stem for path in SOURCES.glob("*.cu")))
+
+
+class Unlaunched:
+    """A kernel that does nothing."""
+
+    max_dynamic_shared_size_bytes = 0
+
+    def __call__(self, *arguments: Any, shared_mem: int = 0) -> None:
+        pass
 
 
 class RecordingBackend(EmulatedBackend):
@@ -33,7 +44,7 @@ class RecordingBackend(EmulatedBackend):
 
     def _build_kernel(self, name: str, defines: Any) -> Any:
         self.recorded.append((name, defines))
-        return lambda grid, block, arguments: None
+        return Unlaunched()
 
 
 @contextmanager
@@ -57,6 +68,9 @@ def specialisations(kernel: str, shapes: Iterable[tuple[int, int, str]]) -> dict
             cache.update(tokens, tokens, np.array([0]))
             cache.gather(np.array([[0]], np.int32), np.array([1], np.int32))
             cache.copy_blocks(np.array([0]), np.array([1]))
+            query = np.zeros((1, GROUP * heads, dim), dtype)
+            out, lse = cache.attend(query, np.zeros((1, 64), np.int32), [1], return_lse=True)
+            merge_attention_states(out, lse, out, lse)
         found[f"{heads}x{dim} {dtype}"] = dict(recording.recorded)[kernel]
     return found
 
@@ -90,6 +104,7 @@ CHECKED = (  # heads, dim, dim of V, dtype, layout, first element, tokens, seque
     (5, 67, 30, np.uint8, "packed", 1, 40, 3),  # single bytes, and more of them than a warp takes
 )
 NUM_BLOCKS, SMALL_BLOCK = 12, 8
+ATTENTION = ("paged_attention", "merge_splits", "merge_attention_states")
 
 
 def check_kernel(kernel: str, xp: Any) -> str | None:
@@ -98,6 +113,8 @@ def check_kernel(kernel: str, xp: Any) -> str | None:
     Two layers, K and V of their own shapes, padding, and what is not in the pool: all bytes against plain loops.
     """
     rng = np.random.default_rng(1)
+    if kernel in ATTENTION:
+        return check_attention(rng, xp)
     for heads, dim, v_dim, dtype, layout, first, n, num_seqs in CHECKED:
         size, views = oracle.pools(layout, 2 * NUM_BLOCKS, SMALL_BLOCK, heads, dim, dtype, v_dim, first=first)
         host = oracle.random_bytes(rng, size)
@@ -161,3 +178,37 @@ def check_gather(rng: Any, num_seqs: int, pools: list[Any], on_device: list[Any]
             inside = 0 <= block < NUM_BLOCKS
             rows[:, row] = blocks[:, block, t % SMALL_BLOCK] if inside else np.zeros_like(blocks[:, 0, 0])
     return got, expected
+
+
+def check_attention(rng: Any, xp: Any) -> str | None:
+    """What is wrong with attention, if anything: a decode step and a prefill, by tensor cores and without, over splits
+    that are merged; and two halves of the keys, merged, against the whole."""
+    lens, counts = [300, 5, 0], [20, 1, 3]
+    ends = np.cumsum([0, *counts])
+    for heads, dim, dtype, error in ((2, 64, np.float16, 2e-3), (1, 40, np.float32, 2e-6)):
+        k_cache, v_cache = rng.standard_normal((2, 50, SMALL_BLOCK, heads, dim)).astype(dtype)
+        query = rng.standard_normal((sum(counts), 3 * heads, dim)).astype(dtype)
+        tables = rng.permutation(50)[:40].repeat(3).reshape(40, 3).T.astype(np.int32)
+        on_device = [xp.asarray(array) for array in (query, k_cache, v_cache, tables)]
+        options = {"window_size": (270, -1), "sinks": np.linspace(-1, 1, 3 * heads, dtype=np.float32)}
+        expected = oracle.attention(query, k_cache, v_cache, tables, lens, ends, **options)
+        last = xp.asarray(ends[1:] - 1)
+        decode = paged_attention(on_device[0][last], *on_device[1:], lens, return_lse=True, **options)
+        whole = paged_attention(*on_device, lens, ends, return_lse=True, **options)
+        q, k, v, t = (array[:1] if i in (0, 3) else array for i, array in enumerate(on_device))
+        halves = [
+            paged_attention(q, k, v, half, [160], causal=False, return_lse=True) for half in (t[:, :20], t[:, 20:])
+        ]
+        merged = merge_attention_states(*halves[0], *halves[1])
+        of_both = oracle.attention(query[:1], k_cache, v_cache, tables[:1], [320], causal=False)
+        for name, got, wanted in (
+            ("prefill", whole, expected), ("decode", decode, [array[ends[1:] - 1] for array in expected]),
+            ("merged", merged, of_both),
+        ):  # fmt: skip
+            for array, exact in zip(got, wanted, strict=True):
+                host = np.asarray(array if xp is np else xp.asnumpy(array)).astype(np.float64)
+                if not np.allclose(host, exact, rtol=0, atol=error):
+                    return (
+                        f"{name}, {heads}x{dim} {np.dtype(dtype)}: off by up to {np.nanmax(np.abs(host - exact)):.3g}"
+                    )
+    return None

@@ -141,6 +141,8 @@ template <int N> __device__ __forceinline__ void cp_async_wait() {}
 __device__ __forceinline__ void cp_async_wait_all() {}
 #endif
 
+#else
+using namespace emulated_ptx;
 #endif
 
 // Over all lanes of a warp; each gets the result. Pairs are added in a fixed order.

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import cupy_pagedkv.devices.backend as backend
+import cupy_pagedkv.devices.cuda_backend as cuda_backend
 from cupy_pagedkv.devices.emulated_backend import EmulatedBackend
 from cupy_pagedkv.devices.numpy_backend import NumpyBackend
 from cupy_pagedkv.emulator import RawKernel
@@ -15,7 +16,11 @@ from cupy_pagedkv.emulator import RawKernel
 specialisations: set[tuple[str, tuple[tuple[str, str | int], ...]]] = set()
 """(kernel, defines) of every kernel that was launched on the emulated device so far."""
 
+attention_shapes: set[tuple[Any, ...]] = set()
+"""What a thread block of attention was chosen for so far: all arguments of ``shape_of`` but architecture and room."""
+
 _build_kernel = EmulatedBackend._build_kernel
+_shape_of = cuda_backend.shape_of
 
 
 def _recording_build_kernel(self: Any, name: str, defines: Any) -> Any:
@@ -24,6 +29,14 @@ def _recording_build_kernel(self: Any, name: str, defines: Any) -> Any:
 
 
 EmulatedBackend._build_kernel = _recording_build_kernel
+
+
+def _recording_shape_of(*arguments: Any) -> Any:
+    attention_shapes.add(arguments[:-2])
+    return _shape_of(*arguments)
+
+
+cuda_backend.shape_of = _recording_shape_of
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

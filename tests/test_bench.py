@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import cases, chores, emulation, kernels, output, timing, traffic
+from benchmarks import attention, cases, chores, emulation, kernels, output, timing, traffic
 from cupy_pagedkv.caches.sequence import CachedSequence
 from cupy_pagedkv.devices.emulated_backend import EmulatedBackend
 from cupy_pagedkv.emulator import CompileError, RawKernel
+from cupy_pagedkv.emulator.architectures import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -146,6 +147,32 @@ def test_bars_on_a_gpu():
     ]
 
 
+def test_attention_alone(tmp_path):
+    text = run("attention", "--device=cpu", "--quick", f"--json={tmp_path / 'out.json'}", "--only", "batch=1", "128")
+    rows = [line for line in text.splitlines() if line.startswith("decode batch=1 1 of 128 8x128 group=4")]
+    assert [line.split()[7] for line in rows] == ["float32", "bfloat16", "float16"]
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["machine"]["numpy"] == np.__version__
+    for row in report["attention"]:
+        assert {"copy", "cupy_pagedkv"} <= row["seconds"].keys()
+        assert all(0 < seconds < 10 for seconds in row["seconds"].values())
+
+
+@pytest.mark.parametrize("dtype", attention.DTYPES)
+@pytest.mark.parametrize("shape", [(2, 1, 40, 2, 3, 16, 16), (2, 5, 40, 2, 3, 16, 16), (2, 1, 40, 1, 4, 32, 16)])
+def test_every_contender_attends_and_a_wrong_one_is_found(shape, dtype):
+    problem = attention.AttentionProblem(attention.AttentionCase(*shape, dtype), 2, np)
+    expected = problem.expected()
+    for name, (call, *_) in attention.contenders(problem).items():
+        if name != "copy":
+            problem.verify(name, call, expected)
+    for wrong in (0, np.nan):
+        with pytest.raises(SystemExit, match="nothing is wrong by"):
+            problem.verify("nothing", lambda wrong=wrong: np.full((*problem.query.shape[:2], 16), wrong), expected)
+    with pytest.raises(SystemExit, match="another set is wrong by"):
+        problem.verify("another set", attention.our_calls(problem, 1), expected)
+
+
 def test_the_manager_alone(tmp_path):
     pytest.importorskip("xxhash", reason="xxhash is not installed, which the manager is compared with")
     text = run("manager", "--quick", f"--json={tmp_path / 'out.json'}", "--device=cpu")
@@ -219,8 +246,10 @@ def test_rows_that_do_not_exist_are_refused():
     [
         (["--json=no/such/folder.json"], "there is no folder for no/such/folder.json"),
         (["--plot=no/such/folder.png"], "there is no folder for no/such/folder.png"),
-        (["manager", "--watch"], "the manager is no kernel"),
-        (["manager", "--kernels"], "the manager is no kernel"),
+        (["manager", "--watch"], "manager is no kernel"),
+        (["manager", "--kernels"], "manager is no kernel"),
+        (["attention", "--watch"], "attention is no kernel"),
+        (["attention", "--only", "9x9"], "no row has all of ['9x9'] in its name"),
         (["manager", "--only", "gather"], "no row has all of ['gather'] in its name"),
     ],
 )
@@ -231,7 +260,10 @@ def test_what_cannot_be_run_is_known_at_once(arguments, message):
     assert message in refused.stderr
 
 
-@pytest.mark.parametrize("kernel", kernels.KERNELS)
+COPIES = [kernel for kernel in kernels.KERNELS if kernel not in kernels.ATTENTION]
+
+
+@pytest.mark.parametrize("kernel", COPIES)
 def test_common_shapes_have_wide_accesses_and_no_spills(kernel):
     pytest.importorskip("cuda.core", reason="cuda.core is not installed, which NVRTC is called through")
     reports = kernels.compiler_reports(kernel, [90], cases.SHAPES)
@@ -313,7 +345,8 @@ def test_watch(watched):
     assert "is right" not in text
 
     text = watched.saved(good.replace("Slot{pool + slot", "Slot{(char*)0 + slot"))
-    assert "reshape_and_cache is WRONG: it crashed (signal 11)" in text
+    assert re.search(r"kernels/rows\.cuh:\d+: thread .* accesses address 0x\w+, where no memory is", text)
+    assert "reshape_and_cache FAILED" in text
 
     text = watched.saved(good.replace("(int)(warp_of_grid() % SLICES)", "(int)(warp_of_grid() % SLICES) / 2"))
     assert "is right" not in text  # the launch code counts on slices of 32 * UNROLL
@@ -336,7 +369,7 @@ def test_watch_needs_a_kernel():
     command = [sys.executable, str(ROOT / "bench.py"), "--watch"]
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
-    assert "--watch needs the kernel: copy_blocks or gather_cache or reshape_and_cache" in refused.stderr
+    assert f"--watch needs the kernel: {' or '.join(kernels.KERNELS)}" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -368,7 +401,7 @@ def test_the_check_of_each_kernel(monkeypatch, kernel, good, bad):
     assert re.match(r"\d+x\d+ \w+ \w+: \d+ of \d+ bytes differ, the first at \d+", wrong)
 
 
-@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("kernel", COPIES)
 def test_what_a_kernel_moves(kernel):
     """Exactly the bytes that it has to, once; 34 tokens are two blocks and a bit."""
     launch = traffic.launch_of(kernel, (1, 576, "float16"), num_seqs=3, seq_len=34)
@@ -377,6 +410,14 @@ def test_what_a_kernel_moves(kernel):
     assert traffic.once(launch) == 1
     assert 0 < traffic.index_bytes(launch) < 0.02
     assert launch.written.used >= 0.97
+
+
+def test_lengths_are_read_once_by_each_block_that_runs_at_once():
+    """And again by the few warps that begin at a sequence."""
+    launch = traffic.launch_of("gather_cache", (1, 64, "float16"), num_seqs=1000, seq_len=17)
+    at_once = 4 * ARCHITECTURES[90].multiprocessors
+    assert launch.grid == (at_once // 2, 2, 1)
+    assert at_once <= launch.arrays[24].read.most <= at_once + 32
 
 
 def test_reading_a_byte_twice_is_seen(monkeypatch):
@@ -396,6 +437,23 @@ def test_reading_a_byte_twice_is_seen(monkeypatch):
 def test_the_bars_of_what_kernels_move():
     lines = list(traffic.traffic_bars(["copy_blocks"]))
     assert [line.split()[0] for line in lines] == ["met"] * 4 + ["8x128", "1x576", "32x128"]
+
+
+def test_the_bars_of_attention(monkeypatch):
+    """What a row tile sees is read, and nothing else: met; and missed where the window is not looked at."""
+    pytest.importorskip("cuda.core", reason="cuda.core is not installed, which NVRTC is called through")
+    some = "prefill 20 8x128 float16, window 300"
+    monkeypatch.setattr(traffic, "ATTENDED", {some: (1, 64, 64, "float16", 4, 1, 20, 300)})
+    lines = list(traffic.attention_bars())
+    assert [line.split()[0] for line in lines] == ["met"] * 5 + ["prefill"]
+
+    class Edited(traffic.FullSize):
+        def _build_kernel(self, name, defines):
+            source = kernels.source_of(name, defines)
+            return RawKernel(source.replace("any{of_first.first,", "any{0,"), name)
+
+    monkeypatch.setattr(traffic, "FullSize", Edited)
+    assert next(iter(traffic.attention_bars())).startswith("MISSED paged_attention reads what a row tile sees")
 
 
 def test_the_speed_of_the_emulated_device():

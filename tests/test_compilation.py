@@ -5,6 +5,7 @@ This file runs last. On its own it compiles the shapes of common models.
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import conftest
 import ml_dtypes
@@ -12,18 +13,23 @@ import numpy as np
 import pytest
 
 import cupy_pagedkv.devices.backend as backend
-from cupy_pagedkv import PagedKVCache
+from cupy_pagedkv import PagedKVCache, merge_attention_states, paged_attention
+from cupy_pagedkv.devices.cuda_attention import shape_of
 from cupy_pagedkv.devices.sources import source_of
+from cupy_pagedkv.emulator import architectures as emulator_architectures
 from cupy_pagedkv.emulator.nvrtc import ARCHITECTURES, compile_kernel, report_on
 
 pytest.importorskip("cuda.core", reason="cuda.core is not installed, which NVRTC is called through")
 
 KERNELS = {path.stem for path in (Path(__file__).parent.parent / "kernels").glob("*.cu")}
 COMMON = [(8, 128, 128), (1, 576, 512), (32, 128, 128), (8, 64, 64), (8, 46, 46)]
+ATTENDED = [(np.float16, 128, 128), (ml_dtypes.bfloat16, 128, 128), (np.float32, 128, 128), (np.float16, 64, 64),
+            (np.float16, 256, 256), (np.float16, 192, 128), (np.float16, 576, 512), (np.float16, 67, 67)]  # fmt: skip
+INT = (("TABLE_T", "int"), ("LENS_T", "int"), ("CU_T", "int"))
 
 
 @pytest.fixture(scope="module")
-def sources() -> list[str]:
+def specialisations() -> set[tuple[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "EMULATE", True)
         for heads, dim, v_dim in COMMON:
@@ -32,12 +38,37 @@ def sources() -> list[str]:
             cache.update(key, value, [0, 1, 2])
             cache.gather([[0]], [3])
             cache.copy_blocks([0], [1])
+        for dtype, dim, v_dim in ATTENDED:
+            for new in (1, 40):
+                query, k_cache = np.zeros((new, 4, dim), dtype), np.zeros((80, 8, 1, dim), dtype)
+                v_cache = k_cache[..., :v_dim] if dim == 576 else np.zeros((80, 8, 1, v_dim), dtype)
+                out, lse = paged_attention(
+                    query, k_cache, v_cache, np.zeros((1, 80), int), [0], [0, new], return_lse=True
+                )
+                merge_attention_states(out, lse, out, lse)
     assert {name for name, _ in conftest.specialisations} == KERNELS
-    return sorted(source_of(name, defines) for name, defines in conftest.specialisations)
+    return conftest.specialisations
+
+
+def attention_sources(arch: int) -> set[str]:
+    """The kernel of attention as each architecture would get it: it depends on that what a thread block is made for.
+    Of specialisations that differ in the group, the block size or the types of indices, which change little, one."""
+    found = {}
+    room = emulator_architectures.ARCHITECTURES[arch].shared_memory_of_block
+    for arguments in sorted(conftest.attention_shapes, key=str):
+        try:
+            defines = shape_of(*arguments, arch, room).defines
+        except ValueError:  # more shared memory than it has
+            continue
+        found[tuple(define for define in defines if define[0] not in ("GROUP", "BLOCK_SIZE"))] = defines
+    return {source_of("paged_attention", defines + INT) for defines in found.values()}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_specialisation_compiles_without_spills(sources, arch):
+def test_every_specialisation_compiles_without_spills(specialisations, arch):
+    sources = attention_sources(arch) | {
+        source_of(name, defines) for name, defines in specialisations if name != "paged_attention"
+    }
     with ThreadPoolExecutor(2) as threads:
         results = list(threads.map(lambda code: compile_kernel(code, arch)[1], sources))
     for code, resources in zip(sources, results, strict=True):

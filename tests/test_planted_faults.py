@@ -1,13 +1,14 @@
 """Faults planted in the kernels: the checked mode finds each by what is touched. All data is zeros, and the bytes would
 come out right."""
 
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 
 import cupy_pagedkv.devices.backend as backend
-from cupy_pagedkv import PagedKVCache
+from cupy_pagedkv import PagedKVCache, paged_attention
 from cupy_pagedkv.devices.emulated_backend import EmulatedBackend
 from cupy_pagedkv.devices.sources import source_of
 from cupy_pagedkv.emulator import KernelError, RawKernel, emulate
@@ -19,8 +20,10 @@ def launch(kernel: str, good: str, bad: str) -> None:
     class Edited(EmulatedBackend):
         def _build_kernel(self, name: str, defines: Any) -> RawKernel:
             source = source_of(name, defines)
-            assert good in source
-            return RawKernel(source.replace(good, bad), name)
+            if name == kernel:
+                assert good in source
+                source = source.replace(good, bad)
+            return RawKernel(source, name)
 
         def _count_processors(self, device: str) -> int:
             return 1
@@ -33,11 +36,30 @@ def launch(kernel: str, good: str, bad: str) -> None:
             if kernel == "reshape_and_cache":
                 cache.update(*np.zeros((2, 5, 2, 4), np.float16), np.array([39, 3, -1, 4, 32]))
             elif kernel == "gather_cache":
-                cache.gather(np.array([[0], [1], [2], [3], [9]], np.int32), np.array([8, 3, 8, 5, 8], np.int32))
+                lengths = apart((5,), np.int32)
+                lengths[:] = 8, 3, 8, 5, 8
+                cache.gather(np.array([[0], [1], [2], [3], [9]], np.int32), lengths)
+            elif kernel in ("paged_attention", "merge_splits"):
+                attend()
             else:
                 cache.copy_blocks(np.arange(5), np.arange(5, 10))
     finally:
         backend._emulated, backend.EMULATE = usual
+
+
+def apart(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Zeros at the end of a megabyte, so that no other array of a launch lies where a fault reads past the end."""
+    size = math.prod(shape)
+    return np.zeros(1 << 20, dtype)[-size:].reshape(shape)
+
+
+def attend() -> None:
+    """A decode step over two splits that are merged, and a prefill of 16 rows and a few, by tensor cores."""
+    k_cache, v_cache = apart((40, 8, 1, 16), np.float16), apart((40, 8, 1, 16), np.float16)
+    tables = np.arange(39, -1, -1, dtype=np.int32).reshape(1, 40)
+    for new in (1, 9):
+        query, out = apart((new, 2, 16), np.float16), apart((new, 2, 16), np.float16)
+        paged_attention(query, k_cache, v_cache, tables, [320], [0, new], window_size=(290, 0), out=out)
 
 
 GUARDS = "if (slot < 0 || slot >= num_slots) return;"
@@ -72,3 +94,57 @@ def test_a_planted_fault_is_found(kernel, good, bad, message):
     with pytest.raises(KernelError, match=message) as error:
         launch(kernel, good, bad)
     assert f"{kernel}: kernels/" in str(error.value)
+
+
+ARRIVED = "__syncthreads();  // the tile is there, and so is, at first, the query\n"
+USED = "__syncthreads();  // nobody needs the tile any more\n"
+PROLOGUE = "look_up(shared.places[i % 2], ahead);\n        __syncthreads();"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "good", "bad", "message"),
+    [
+        ("paged_attention", ARRIVED, "\n", "race|no thread of the block has written|waited for"),
+        ("paged_attention", USED, "\n", "race|in flight|waited for"),
+        (
+            "paged_attention",
+            PROLOGUE,
+            PROLOGUE.replace("__syncthreads();", ""),
+            "race|no thread of the block has written",
+        ),
+        ("paged_attention", "most;\n        }\n    __syncthreads();", "most;\n        }", "race|no thread"),
+        ("paged_attention", "before);\n        }\n    __syncthreads();", "before);\n        }", "race|no thread"),
+        ("paged_attention", "cp_async_wait<STAGES - 1>();", "cp_async_wait<STAGES>();", "waited for"),
+        ("paged_attention", "if (any.has(p)) {", "if (any.first <= p) {", "past the end|before the beginning"),
+        (
+            "paged_attention",
+            "block * k_block + p % BLOCK_SIZE * k_slot",
+            "block * k_block * 2",
+            "past the end|before the beginning",
+        ),
+        (
+            "paged_attention",
+            "block * v_block + p % BLOCK_SIZE * v_slot",
+            "block * v_block * 2",
+            "past the end|before the beginning",
+        ),
+        ("paged_attention", "i < TILE * CHUNKS", "i <= TILE * CHUNKS", "race|shared|in flight"),
+        ("paged_attention", "if (row.token < 0) continue;", "", "race|before the beginning of an array"),
+        ("merge_splits", "column >= V_DIM", "column > V_DIM", "race|past the end"),
+        (
+            "merge_splits",
+            "scratch + row * (V_DIM + 2)",
+            "scratch + row * (V_DIM + 9999)",
+            "past the end|before the beginning",
+        ),
+    ],
+)
+def test_a_fault_planted_in_attention_is_found(kernel, good, bad, message):
+    with pytest.raises(KernelError, match=message) as error:
+        launch(kernel, good, bad)
+    assert f"{kernel}: kernels/" in str(error.value)
+
+
+def test_attention_without_a_fault():
+    for kernel in ("paged_attention", "merge_splits"):
+        launch(kernel, "{", "{")

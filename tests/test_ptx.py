@@ -10,7 +10,7 @@ import pytest
 from conftest import Device
 
 from cupy_pagedkv.devices.sources import with_includes
-from cupy_pagedkv.emulator import KernelError, RawKernel
+from cupy_pagedkv.emulator import CompileError, KernelError, RawKernel
 from cupy_pagedkv.emulator.nvrtc import ARCHITECTURES, compile_kernel
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -103,11 +103,11 @@ def test_an_asynchronous_copy_and_its_zeros(kernel_device, rng, size):
     assert np.array_equal(got.reshape(32, 16), expected)
 
 
-def emulated(body: str, parameters: str, *arrays: np.ndarray) -> None:
+def emulated(body: str, parameters: str, *arrays: np.ndarray, grid: int = 1) -> None:
     code = with_includes(
         f'#include "ptx.cuh"\n#line 1 "f.cu"\nextern "C" __global__ void f({parameters}) {{ {body} }}', "f.cu"
     )
-    RawKernel(code, "f")((1,), (32,), arrays)
+    RawKernel(code, "f")((grid,), (32,), arrays)
 
 
 def test_bytes_arrive_with_their_group_and_not_before():
@@ -130,6 +130,8 @@ def test_bytes_arrive_with_their_group_and_not_before():
         ("cp_async<16>(s + 8, x);", "f.cu:1: .* copies 16 bytes asynchronously from .* must both be multiples of 16"),
         ("cp_async<8>(s, x + 1);", "copies 8 bytes asynchronously .* multiples of 8"),
         ("cp_async<4>(s, x, 5);", "copies 4 bytes .* asks for 5 from the source"),
+        ("cp_async<4>((void*)(x + 4), x);", "copies 4 bytes .* and the latter shared memory"),
+        ("unsigned r[2]; ldmatrix_x2(r, x);", "gives ldmatrix a row .* not a multiple of 16 in shared memory"),
         (
             "unsigned r[2]; ldmatrix_x2(r, s + 2);",
             "f.cu:1: .* gives ldmatrix a row of 16 bytes .* not a multiple of 16",
@@ -139,6 +141,31 @@ def test_bytes_arrive_with_their_group_and_not_before():
 def test_what_the_instructions_refuse(body, message):
     with pytest.raises(KernelError, match=message):
         emulated(f"__shared__ __align__(16) unsigned char s[512]; {body}", "const int* x", np.zeros(16, np.int32))
+
+
+def test_sizes_that_the_instructions_do_not_have():
+    with pytest.raises(CompileError, match="the sizes of cp.async"):
+        emulated("__shared__ uint4 s[1]; cp_async<12>(s, x);", "const int* x", np.zeros(4, np.int32))
+
+
+@pytest.mark.parametrize("wait", ["cp_async_wait<0>();", "cp_async_wait_all();"])
+def test_bytes_that_nobody_waited_for_do_not_arrive_in_the_next_block(wait):
+    body = f"""__shared__ int s[32]; int i = threadIdx.x; s[i] = -1;
+        if (blockIdx.x == 0) {{ cp_async<4>(s + i, x); cp_async_commit(); }} else {wait}
+        y[i] = s[i];"""
+    y = np.zeros(32, np.int32)
+    emulated(body, "const int* x, int* y", np.ones(1, np.int32), y, grid=2)
+    assert y.tolist() == [-1] * 32
+
+
+def test_the_twin_of_mma_rounds_once():
+    """How the device rounds is not told."""
+    a, b, d = np.zeros((16, 16), np.float16), np.zeros((16, 8), np.float16), np.zeros((16, 8), np.float32)
+    a[3, [1, 4, 9]], b[[1, 4, 9], 5] = (2**13, 1, -(2**13)), (2**12, 1, 2**12)
+    body = LAYOUT.replace("CALL", "mma_m16n8k16_f16(rd, ra, rb);").replace("K", "16")
+    parameters = "const unsigned short* a, const unsigned short* b, float* d"
+    emulated(body, parameters, a.view(np.uint16), b.view(np.uint16), d)
+    assert d[3, 5] == np.abs(d).sum() == 1
 
 
 def all_of(device: Device, function: str, inputs: np.ndarray, output: Any) -> np.ndarray:
@@ -168,6 +195,9 @@ def test_conversions(kernel_device, name, dtype):
         beyond = np.float32([largest, np.nextafter(largest, np.inf), 65519.99, 65520, 3.4e38, np.inf, np.nan, 1e-45, 0])
     inputs = np.concatenate([values, halfway, np.nextafter(halfway, np.float32(np.inf)),
                              np.nextafter(halfway, np.float32(-np.inf)), beyond, -beyond])  # fmt: skip
+    # NaNs whose payload is lost or would carry over into the exponent, if they were rounded as numbers are.
+    nans = np.array([0x7F800001, 0xFF800001, 0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)
+    inputs = np.concatenate([inputs, nans])
     with np.errstate(over="ignore", invalid="ignore"):
         expected = inputs.astype(dtype).view(np.uint16)
     got = all_of(kernel_device, f"f32_to_{name}", inputs, np.uint16)

@@ -31,11 +31,11 @@ def test_an_example_prints_what_stands_below_it(page, at):
 
 
 def test_there_are_examples():
-    assert {page for page, _ in EXAMPLES} == {"README.md", "many-sequences.md"}
+    assert {page for page, _ in EXAMPLES} == {"README.md", "attention.md", "many-sequences.md"}
 
 
 def test_the_readme_is_short():
-    assert len(README.splitlines()) <= 190
+    assert len(README.splitlines()) <= 250
 
 
 @pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda page: page.name)
@@ -62,7 +62,7 @@ def test_the_two_commands(command):
 
 
 def test_every_public_name_is_in_the_table():
-    table = README[README.index("## What there is") : README.index("## Many sequences")]
+    table = README[README.index("## What there is") : README.index("## Attention")]
     for name in set(cupy_pagedkv.__all__) - {"BlockAllocatorStats"}:
         assert f"`{name}" in table, name
 
@@ -79,3 +79,13 @@ def test_the_report_it_shows_has_the_lines_of_a_real_one():
     command = [sys.executable, "-m", "cupy_pagedkv", "--limit", "3", "--device", "cpu"]
     real = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert [line[:19] for line in shown.splitlines()] == [line[:19] for line in real.splitlines()]
+
+
+def test_the_llama_it_shows_prints_what_a_real_one_does():
+    """But for how long it took."""
+    blocks = [text for _, text in BLOCKS["README.md"]]
+    shown = blocks[blocks.index("python examples/llama.py\n") + 1]
+    command = [sys.executable, "examples/llama.py"]
+    real = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown, real = (re.sub(r"[\d.]+ s: |\d+ a second", "", text) for text in (shown, real))
+    assert shown == real

@@ -8,13 +8,15 @@ to call is an argument. Nothing here checks its arguments (``ops`` has), and not
 import functools
 import math
 from collections import deque
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from .layout import Form, Layout, Pools
+from .cuda_attention import ELEMENTS, THREADS, Shape, Spread, shape_of, spread_of
+from .layout import AttentionLayout, Form, Layout, Pools, Scoring
 from .sources import Defines, source_of
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ _INDICES = {
     "reshape_and_cache": ("SLOT_T",),
     "gather_cache": ("TABLE_T", "LENS_T", "STARTS_T"),
     "copy_blocks": ("SRC_T", "DST_T"),
+    "paged_attention": ("TABLE_T", "LENS_T", "CU_T"),
+    "merge_splits": ("LENS_T", "CU_T"),
 }
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
@@ -89,6 +93,11 @@ def _index_types(kernel: str, sizes: tuple[int, ...]) -> Defines:
     return tuple((name, _INDEX_TYPES[size]) for name, size in zip(_INDICES[kernel], sizes, strict=True))
 
 
+def _or_null(array: Any, ndim: int) -> tuple[Any, ...]:
+    """The array and its strides, or a null pointer and zeros."""
+    return (0,) * (1 + ndim) if array is None else (array, *array.strides)
+
+
 class _Plan(NamedTuple):
     """All of a launch but the sizes and addresses of its arrays."""
 
@@ -96,6 +105,12 @@ class _Plan(NamedTuple):
     strides: tuple[int, ...]
     row: int
     """Accesses in the longer row, of K or of V; in the longer block, where blocks are copied."""
+
+
+class _AttentionPlan(NamedTuple):
+    shape: Shape
+    kernel: Any
+    merge: Any
 
 
 class PinnedStaging:
@@ -141,13 +156,20 @@ class CudaBackend:
         self._kernel = functools.cache(self._build_kernel)
         self._plan = functools.lru_cache(4096)(self._make_plan)
         self._copy_plan = functools.lru_cache(4096)(self._make_copy_plan)
+        self._attention_plan = functools.lru_cache(4096)(self._make_attention_plan)
         self._processors = functools.cache(self._count_processors)
+        self._architecture: Callable[[Any], tuple[int, int]] = functools.cache(self._read_architecture)
 
     def _build_kernel(self, name: str, defines: Defines) -> Any:
         return self.xp.RawKernel(source_of(name, defines), name, ("-std=c++17",))
 
     def _count_processors(self, device: Any) -> int:
         return self.xp.cuda.Device(device).attributes["MultiProcessorCount"]  # type: ignore[no-any-return]
+
+    def _read_architecture(self, device: Any) -> tuple[int, int]:
+        """The compute capability, as 90, and the bytes of shared memory that a thread block can have."""
+        place = self.xp.cuda.Device(device)
+        return int(place.compute_capability), place.attributes["MaxSharedMemoryPerBlockOptin"]
 
     def _address(self, array: Any) -> int:
         return array.data.ptr  # type: ignore[no-any-return]
@@ -255,6 +277,91 @@ class CudaBackend:
         arguments = (*arrays, src, dst, *plan.strides, *src.strides, *dst.strides, len(src), pools.num_blocks)
         self._launch(plan.kernel, k_cache, len(src), plan.row, pools.num_layers, arguments)
 
+    def paged_attention(
+        self,
+        query: Any,
+        k_cache: Any,
+        v_cache: Any,
+        block_tables: Any,
+        seq_lens: Any,
+        cu_seqlens_q: Any,
+        max_seqlen_q: int | None,
+        alibi_slopes: Any,
+        sinks: Any,
+        out: Any,
+        lse: Any,
+        scratch: Any,
+        scoring: Scoring,
+        layout: AttentionLayout,
+    ) -> None:
+        """Where ``scratch`` has too little room, blocks take whole sequences, which takes longer."""
+        num_seqs, max_blocks = block_tables.shape
+        packed = cu_seqlens_q is not None
+        device = self._device(query)
+        sizes = (block_tables.itemsize, seq_lens.itemsize, cu_seqlens_q.itemsize if packed else seq_lens.itemsize)
+        v_is_k = self._address(k_cache) == self._address(v_cache) and k_cache.strides == v_cache.strides
+        with self.on(query.device):  # whose kernel is told how much shared memory it may have
+            plan = self._attention_plan(
+                layout, self._many_rows(layout, num_seqs, max_seqlen_q if packed else 1),
+                v_is_k and v_cache.shape[3] <= k_cache.shape[3], self._misalignment((k_cache, v_cache)),
+                scoring.softcap > 0, device, self._architecture(device), *sizes,
+            )  # fmt: skip
+        spread = spread_of(layout, plan.shape, scoring, num_seqs, max_blocks, packed, self._processors(device))
+        if scratch is None and spread.scratch:
+            scratch = self.empty((spread.scratch,), np.dtype(np.float32), query.device)
+        elif scratch is not None and (scratch.size < spread.scratch or self._address(scratch) % 8):  # it is float2
+            spread = Spread((*spread.grid[:2], 1), 0, 0)
+        split = spread.splits > 0
+
+        sequences = (seq_lens, *seq_lens.strides, *_or_null(cu_seqlens_q, 1), num_seqs, layout.num_tokens)
+        num_heads = layout.query.shape[1]
+        log2_e = math.log2(math.e)
+        inner = scoring.softmax_scale / scoring.softcap if scoring.softcap else 0.0
+        outer = (scoring.softcap or scoring.softmax_scale) * log2_e
+        results = (*_or_null(sinks, 1), out, *out.strides, *_or_null(lse, 2))
+        with self.on(query.device):
+            plan.kernel(
+                spread.grid, (THREADS,),
+                (
+                    query, *query.strides, k_cache, *k_cache.strides[:3], v_cache, *v_cache.strides[:3],
+                    layout.num_blocks, block_tables, *block_tables.strides, max_blocks, *sequences, num_heads,
+                    scoring.left, scoring.right, np.float32(inner), np.float32(outer), *_or_null(alibi_slopes, 1),
+                    *results, scratch if split else 0, max(1, spread.splits),
+                ),
+                shared_mem=plan.shape.shared_bytes,
+            )  # fmt: skip
+            if split:
+                grid = (layout.num_tokens * num_heads, -(-layout.result.shape[2] // THREADS))
+                plan.merge(
+                    grid, (THREADS,),
+                    (
+                        scratch, spread.splits, *sequences, num_heads, max_blocks, scoring.left, scoring.right, *results
+                    ),
+                )  # fmt: skip
+
+    def attention_scratch(
+        self, layout: AttentionLayout, num_seqs: int, max_blocks: int, max_seqlen_q: int | None, pool: Any
+    ) -> int:
+        """Floats that attention keeps between two launches, at most."""
+        device = self._device(pool)
+        many_rows = self._many_rows(layout, num_seqs, max_seqlen_q)
+        shape = shape_of(layout, many_rows, False, 1, False, *self._architecture(device))
+        packed = layout.num_tokens != num_seqs
+        return spread_of(layout, shape, None, num_seqs, max_blocks, packed, self._processors(device)).scratch
+
+    def merge_attention_states(self, out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, out: Any, lse: Any) -> None:
+        num_tokens, num_heads, dim = out.shape
+        kernel = self._kernel("merge_attention_states", (("ELEMENT", ELEMENTS[out.dtype.name]), ("V_DIM", dim)))
+        arrays = (out_a, lse_a, out_b, lse_b, out, lse)
+        arguments = tuple(argument for array in arrays for argument in (array, *array.strides))
+        with self.on(out.device):
+            kernel((num_tokens * num_heads, -(-dim // THREADS)), (THREADS,), (*arguments, num_heads))
+
+    def _many_rows(self, layout: AttentionLayout, num_seqs: int, max_seqlen_q: int | None) -> bool:
+        """Whether a sequence has more rows than a tile of the tensor cores."""
+        tokens = -(-layout.num_tokens // max(1, num_seqs)) if max_seqlen_q is None else max_seqlen_q
+        return tokens * layout.group > 16
+
     def _misalignment(self, arrays: tuple[Any, ...]) -> int:
         """The last four bits of all addresses together: a power of two divides them all if it divides this."""
         bits = 0
@@ -288,6 +395,34 @@ class CudaBackend:
         defines += _index_types("copy_blocks", index_sizes)
         strides = (*pools.k_cache.strides[:2], *k_strides, *pools.v_cache.strides[:2], *v_strides)
         return _Plan(self._kernel("copy_blocks", defines), strides, max(math.prod(k_runs), math.prod(v_runs)) // access)
+
+    def _make_attention_plan(
+        self,
+        layout: AttentionLayout,
+        many_rows: bool,
+        v_is_k: bool,
+        misalignment: int,
+        softcap: bool,
+        device: Any,
+        architecture: tuple[int, int],
+        *index_sizes: int,
+    ) -> _AttentionPlan:
+        """Of one device, since each has kernels of its own, which are told how much shared memory they may have."""
+        item = layout.k_cache.dtype.itemsize
+        access = math.gcd(16, misalignment, *(n * item for n in (layout.k_cache.shape[4], layout.v_cache.shape[4])))
+        for pool in (layout.k_cache, layout.v_cache):
+            access = math.gcd(access, *(s for s, n in zip(pool.strides[1:4], pool.shape[1:4], strict=True) if n > 1))
+        if access < item:
+            raise ValueError(
+                f"pools must lie at multiples of the {item} bytes of an element, and so must their strides, "
+                "to be computed with; copy them to where they do"
+            )
+        shape = shape_of(layout, many_rows, v_is_k, access, softcap, *architecture)
+        kernel = self._kernel("paged_attention", shape.defines + _index_types("paged_attention", index_sizes))
+        kernel.max_dynamic_shared_size_bytes = shape.shared_bytes
+        of_merge = tuple(define for define in shape.defines if define[0] in ("ELEMENT", "V_DIM", "BLOCK_SIZE"))
+        merge = self._kernel("merge_splits", of_merge + _index_types("merge_splits", index_sizes[1:]))
+        return _AttentionPlan(shape, kernel, merge)
 
     def _launch(
         self,

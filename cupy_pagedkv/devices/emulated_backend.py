@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 
 from ..emulator import RawKernel
+from ..emulator.architectures import ARCHITECTURES
+from ..emulator.settings import settings
 from .cuda_backend import CudaBackend
 from .numpy_backend import HostArrays
 from .sources import source_of
@@ -23,12 +25,17 @@ class EmulatedBackend(HostArrays, CudaBackend):
 
     def __init__(self) -> None:
         super().__init__(np)
+        self._architecture = self._read_architecture  # which can change
 
     def _build_kernel(self, name: str, defines: tuple[tuple[str, str | int], ...]) -> RawKernel:
         return RawKernel(source_of(name, defines), name)
 
     def _count_processors(self, device: str) -> int:
         return 4  # so that small launches use thread blocks of each size
+
+    def _read_architecture(self, device: str) -> tuple[int, int]:
+        arch = settings().arch
+        return arch, ARCHITECTURES[arch].shared_memory_of_block
 
     def _device(self, array: np.ndarray) -> str:
         return "cpu"

@@ -162,14 +162,18 @@ def paged_attention(
 def merge_attention_states(
     out_a: _Array, lse_a: _Array, out_b: _Array, lse_b: _Array, out: _Array, lse: _Array
 ) -> None:
-    most = np.maximum(lse_a, lse_b)
-    shift = np.where(most == -math.inf, np.float32(0), most)
-    a, b = np.exp(lse_a - shift), np.exp(lse_b - shift)
-    total = a + b
-    with np.errstate(divide="ignore"):
+    with np.errstate(all="ignore"):  # inf and NaN that are there are results
+        most = np.maximum(lse_a, lse_b)
+        shift = np.where(most == -math.inf, np.float32(0), most)
+        a, b = np.exp(lse_a - shift), np.exp(lse_b - shift)
+        total = a + b
         lse[...] = shift + np.log(total)
-    total[total == 0] = 1
-    out[...] = out_a.astype(np.float32) * (a / total)[..., None] + out_b.astype(np.float32) * (b / total)[..., None]
+        shares = [(rows, weight / np.where(total == 0, 1, total)) for rows, weight in ((out_a, a), (out_b, b))]
+        # What has no keys brings nothing, whatever its row holds.
+        of_a, of_b = (
+            np.where((share == 0)[..., None], 0, rows.astype(np.float32) * share[..., None]) for rows, share in shares
+        )
+        out[...] = of_a + of_b
 
 
 # How a call is cut.
@@ -237,8 +241,8 @@ def _work(call: _Call, part: _Part) -> int:
     """The bytes that are read in the time that a part takes."""
     num_seqs, num_tokens = part.tokens.shape
     dims = call.k_cache.shape[3] + call.v_cache.shape[3]
-    elements: int = num_seqs * (part.end - part.start) * _num_heads(part) * dims
-    return elements * (call.layout.query.dtype.itemsize + num_tokens * call.layout.group // _PRODUCTS_PER_BYTE)
+    per_element: int = call.layout.query.dtype.itemsize + num_tokens * call.layout.group // _PRODUCTS_PER_BYTE
+    return int(num_seqs) * (part.end - part.start) * _num_heads(part) * int(dims) * per_element
 
 
 def _num_heads(part: _Part) -> int:
@@ -440,9 +444,9 @@ def _write(call: _Call, part: _Part, state: _State) -> None:
         state = _merged(state, _State(sinks, np.ones_like(sinks), np.zeros_like(state.sums)))
     results = state.sums / np.where(state.total == 0, 1, state.total)[:, None]
     results = np.ascontiguousarray(_by_token(call, part, results).transpose(0, 4, 2, 3, 1))
-    lse = None if call.lse is None else _by_token(call, part, state.most + np.log(state.total)).transpose(0, 3, 1, 2)
+    logs = _by_token(call, part, state.most + np.log(state.total)).transpose(0, 3, 1, 2)
     for i, first in enumerate(part.tokens[:, 0].tolist()):
         tokens = slice(first, first + num_tokens)
         call.out[tokens, heads] = results[i].reshape(num_tokens, -1, results.shape[-1])
-        if call.lse is not None and lse is not None:
-            call.lse[tokens, heads] = lse[i].reshape(num_tokens, -1)
+        if call.lse is not None:
+            call.lse[tokens, heads] = logs[i].reshape(num_tokens, -1)

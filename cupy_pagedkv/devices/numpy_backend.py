@@ -265,7 +265,7 @@ class NumpyBackend(HostArrays):
         block_tables: _Array,
         seq_lens: _Array,
         cu_seqlens_q: _Array | None,
-        max_seqlen_q: int,
+        max_seqlen_q: int | None,
         alibi_slopes: _Array | None,
         sinks: _Array | None,
         out: _Array,

@@ -32,18 +32,18 @@ REGISTERS = 65536
 """Of a multiprocessor, on all of these. A warp gets them 256 at a time, and a thread 255 at most."""
 
 # Limits: CUDA programming guide, "Compute Capabilities", table "Technical Specifications per Compute Capability".
-# GPUs: NVIDIA's data sheets. Latencies in cycles at boost clock: T4 434 at 1.59 GHz (Jia et al., "Dissecting the NVidia
-# Turing T4 GPU via Microbenchmarking", 2019), A100 466 at 1.41 GHz, RTX 4090 542 at 2.52 GHz and H100 479 at 1.755 GHz
-# (Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via Microbenchmarking", 2024). Where none
-# was found, that of the GPU in brackets stands in.
+# GPUs: NVIDIA's data sheets. Latencies: a pointer chased through hundreds of megabytes of an A100 (80 GB), H100 PCIe
+# and L40 (github.com/te42kyfo/gpu-benches in June 2024, gpu-latency/*.txt: milliseconds by jumps). T4: 434 cycles at
+# 1.59 GHz, from memory of Jia et al., "Dissecting the NVidia Turing T4 GPU via Microbenchmarking" (2019), and not found
+# again. Where none was found, that of the GPU in brackets stands in.
 ARCHITECTURES: dict[int, Architecture] = {
-    75: Architecture(1024, 16, 64 * KB, 64 * KB, "T4", 40, 320e9, 434 / 1.59e9),
-    80: Architecture(2048, 32, 164 * KB, 163 * KB, "A100 SXM 80 GB", 108, 2039e9, 466 / 1.41e9),
-    86: Architecture(1536, 16, 100 * KB, 99 * KB, "A40 (latency of A100)", 84, 696e9, 466 / 1.41e9),
-    89: Architecture(1536, 24, 100 * KB, 99 * KB, "RTX 4090", 128, 1008e9, 542 / 2.52e9),
-    90: Architecture(2048, 32, 228 * KB, 227 * KB, "H200 (latency of H100)", 132, 4800e9, 479 / 1.755e9),
-    100: Architecture(2048, 32, 228 * KB, 227 * KB, "B200 (latency of H100)", 148, 8000e9, 479 / 1.755e9),
-    120: Architecture(1536, 24, 100 * KB, 99 * KB, "RTX 5090 (latency of RTX 4090)", 170, 1792e9, 542 / 2.52e9),
+    75: Architecture(1024, 16, 64 * KB, 64 * KB, "T4", 40, 320e9, 273e-9),
+    80: Architecture(2048, 32, 164 * KB, 163 * KB, "A100 SXM 80 GB", 108, 2039e9, 406e-9),
+    86: Architecture(1536, 16, 100 * KB, 99 * KB, "A40 (latency of A100)", 84, 696e9, 406e-9),
+    89: Architecture(1536, 24, 100 * KB, 99 * KB, "RTX 4090 (latency of L40)", 128, 1008e9, 254e-9),
+    90: Architecture(2048, 32, 228 * KB, 227 * KB, "H200 (latency of H100)", 132, 4800e9, 375e-9),
+    100: Architecture(2048, 32, 228 * KB, 227 * KB, "B200 (latency of H100)", 148, 8000e9, 375e-9),
+    120: Architecture(1536, 24, 100 * KB, 99 * KB, "RTX 5090 (latency of L40)", 170, 1792e9, 254e-9),
 }
 
 

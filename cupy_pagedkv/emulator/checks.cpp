@@ -1,8 +1,8 @@
 // checks.cpp: races, stray accesses, and reads of what was not written or has not arrived.
 //
 // Two accesses are ordered if one thread made both, if a __syncthreads of their block lies between them, if a chain of
-// __syncwarp leads from one lane to the other (a vector clock a lane), or if one block made the first known by a fence and
-// an atomic access, and the other block came to an atomic access later. Shuffles and votes order nothing (CUDA programming
+// __syncwarp leads from one lane to the other (a vector clock a lane), or if one thread made the first known by a fence and
+// an atomic access, and the other came to an atomic access later. Shuffles and votes order nothing (CUDA programming
 // guide, "Warp Shuffle Functions": they "do not imply a memory barrier"). What is not ordered is a race, whatever order the
 // threads happened to run in here.
 
@@ -21,17 +21,9 @@ static const char* verb(int touch)
 #define WHO "thread (%u, %u, %u) of block (%u, %u, %u)"
 #define ME threadIdx.x, threadIdx.y, threadIdx.z, blockIdx.x, blockIdx.y, blockIdx.z
 
-Checks::Checks(Worker& worker, const std::vector<Region>& of_library) : w(worker), segments(of_library), stamps(1)
+Checks::Checks(Worker& worker, const std::vector<Region>& of_library)
+    : w(worker), arrays(w.launch.regions, w.launch.regions + w.launch.num_regions), segments(of_library), stamps(1)
 {
-    for (std::size_t i = 0; i < w.launch.num_regions; ++i) arrays.push_back(w.launch.regions[i]);
-    std::sort(arrays.begin(), arrays.end(), [](const Region& a, const Region& b) { return a.begin < b.begin; });
-    std::size_t n = 0;  // slices of one array become one region
-    for (const Region& region : arrays)
-        if (n && region.begin < arrays[n - 1].end)
-            arrays[n - 1].end = std::max(arrays[n - 1].end, region.end);
-        else
-            arrays[n++] = region;
-    arrays.resize(n);
     shared.resize((std::size_t)(w.shared_end - w.shared_begin));
     clocks.assign(w.warps.size(), std::vector<std::uint32_t>(32 * 32));
 }
@@ -39,11 +31,10 @@ Checks::Checks(Worker& worker, const std::vector<Region>& of_library) : w(worker
 void Checks::begin_block()
 {
     stamp_of.assign(w.threads.size(), 0);
-    fenced.assign(w.threads.size(), false);
+    fenced.assign(w.threads.size(), {NO_FENCE, 0});
     for (auto& warp : clocks) std::fill(warp.begin(), warp.end(), 0);
     for (auto& warp : clocks)
         for (int lane = 0; lane < 32; ++lane) warp[lane * 33] = 1;
-    barriers = 0;
     acquires.clear();
     in_flight.clear();
 }
@@ -63,13 +54,16 @@ bool Checks::ordered(std::uint32_t earlier) const
 {
     const Stamp& then = stamps[earlier];
     if (then.block == w.block) {
-        if (then.thread == w.current || then.barriers < barriers) return true;
-        return then.thread / 32 == w.current / 32
-               && clocks[w.current / 32][w.current % 32 * 32 + then.thread % 32] >= then.clock;
+        if (then.barriers < barriers) return true;
+        if (then.thread / 32 == w.current / 32
+            && clocks[w.current / 32][w.current % 32 * 32 + then.thread % 32] >= then.clock)
+            return true;
     }
     for (const Release& release : releases) {
-        if (release.block != then.block || earlier >= release.stamps) continue;
-        if (then.barriers >= release.barriers && then.thread != release.thread) continue;
+        const bool own = then.thread == release.thread;
+        if (release.block != then.block || earlier >= (own ? release.own_stamps : release.stamps)) continue;
+        if (release.fence != OF_DEVICE && then.block != w.block) continue;
+        if (then.barriers >= release.barriers && !own) continue;
         for (const Acquire& acquire : acquires)
             if (acquire.time > release.time && (acquire.barriers < barriers || acquire.thread == w.current)) return true;
     }
@@ -98,13 +92,18 @@ void Checks::sync_block()
     std::fill(stamp_of.begin(), stamp_of.end(), 0);
 }
 
-void Checks::fence() { fenced[w.current] = true; }
+void Checks::fence(Fence fence)
+{
+    fenced[w.current] = {std::max(fenced[w.current].fence, fence), (std::uint32_t)stamps.size()};
+    stamp_of[w.current] = 0;
+}
 
 void Checks::synchronise_atomic()
 {
     acquires.push_back({++time, w.current, barriers});
-    if (!fenced[w.current]) return;
-    releases.push_back({w.block, ++time, w.current, barriers, (std::uint32_t)stamps.size()});
+    const Fenced& mine = fenced[w.current];
+    if (mine.fence == NO_FENCE) return;
+    releases.push_back({w.block, ++time, w.current, barriers, (std::uint32_t)stamps.size(), mine.stamps, mine.fence});
     stamp_of[w.current] = 0;
 }
 
@@ -114,28 +113,30 @@ Checks::Space Checks::space_of(std::uintptr_t address, std::size_t size, int tou
     if (thread.stack.holds(address, size)) return OWN;
     if (w.in_shared(address, size)) return SHARED;
     const auto inside = [&](const Region& r) { return address >= r.begin && address + size <= r.end; };
-    if (last_array < arrays.size() && inside(arrays[last_array])) return GLOBAL;
-    for (std::size_t i = 0; i < arrays.size(); ++i)
-        if (inside(arrays[i])) return last_array = i, GLOBAL;
+    for (const Region& array : arrays)
+        if (inside(array)) return GLOBAL;
+    if (w.in_arguments(address, size)) return OWN;  // structs that came by value
     for (const auto* index : {&threadIdx, &blockIdx, &blockDim, &gridDim})
         if (address >= (std::uintptr_t)index && address + size <= (std::uintptr_t)(index + 1)) return OWN;
     for (const Region& segment : segments)
         if (inside(segment)) return GLOBAL;  // `__device__` and `__constant__` variables
     char where[160] = "outside every array of the launch, shared memory and the thread's own variables";
-    if (address < (std::uintptr_t)w.shared_end && address + size > (std::uintptr_t)w.shared_begin)
+    if (!w.dynamic && address < (std::uintptr_t)w.shared_end + 1024 && address + size > (std::uintptr_t)w.shared_end)
+        std::snprintf(where, sizeof where, "past the end of the shared memory of the block");
+    else if (address < (std::uintptr_t)w.shared_end && address + size > (std::uintptr_t)w.shared_begin)
         std::snprintf(where, sizeof where, "past the %zu bytes of dynamic shared memory of the launch", w.launch.shared_bytes);
     else {
         std::size_t least = 1 << 20;
-        for (std::size_t i = 0; i < arrays.size(); ++i) {
-            const bool behind = address >= arrays[i].begin;
-            const std::size_t distance = behind ? address + size - arrays[i].end : arrays[i].begin - address;
+        for (const Region& array : arrays) {
+            const bool behind = address >= array.begin;
+            const std::size_t distance = behind ? address + size - array.end : array.begin - address;
             if (distance >= least) continue;
             least = distance;
             std::snprintf(where, sizeof where, "%zu bytes %s of an array of the launch (%zu bytes)", distance,
-                          behind ? "past the end" : "before the beginning", (std::size_t)(arrays[i].end - arrays[i].begin));
+                          behind ? "past the end" : "before the beginning", (std::size_t)(array.end - array.begin));
         }
         for (unsigned i = 0; i < w.threads.size(); ++i)
-            if (i != w.current && w.threads[i].stack.low && w.threads[i].stack.low != thread.stack.low
+            if (w.threads[i].stack.low && w.threads[i].stack.low != thread.stack.low
                 && w.threads[i].stack.holds(address, size))
                 std::snprintf(where, sizeof where, "in a variable of another thread (%u)", i);
     }
@@ -146,7 +147,7 @@ Checks::Space Checks::space_of(std::uintptr_t address, std::size_t size, int tou
 Cell& Checks::cell(std::uintptr_t address, Space space)
 {
     if (space == SHARED) return shared[address - (std::uintptr_t)w.shared_begin];
-    if (address / PAGE != last_page || !last_cells) {
+    if (address / PAGE != last_page) {
         auto& cells = pages[address / PAGE];
         if (!cells) cells.reset(new Cell[PAGE]());
         last_cells = cells.get();
@@ -183,25 +184,24 @@ void Checks::touch(std::uintptr_t address, std::size_t size, int touch, const vo
     const std::uint32_t mine = here | (atomic ? ATOMIC_PLACE : 0) | (touch & ASYNC ? ASYNC_PLACE : 0);
     for (std::size_t i = 0; i < size; ++i) {
         Cell& c = cell(address + i, space);
-        if (space == SHARED && c.write && stamps[c.write].block != w.block) c = {};
-        if (space == SHARED && c.read[0] && stamps[c.read[0]].block != w.block) c = {};
-        if (c.write_place & ASYNC_PLACE && !(touch & ASYNC && c.write == now))
+        if (space == SHARED && stamps[std::max({c.write, c.read[0], c.read[1]})].block != w.block) c = {};
+        if (c.write_place & ASYNC_PLACE)
             fail(place, (const void*)(w.code + (c.write_place & PLACE)),
                  "{0}: " WHO " %s %zu bytes at address 0x%zx, where an asynchronous copy is to arrive that began at {1} and "
                  "has not been waited for", ME, verb(touch), size, (std::size_t)address);
-        if (space == SHARED && !(touch & WRITE) && !c.write)
+        // The first byte of a struct is never padding, which nobody writes; others may be.
+        if (i == 0 && space == SHARED && !(touch & WRITE) && !c.write)
             fail(place, nullptr, "{0}: " WHO " %s %zu bytes of shared memory at address 0x%zx, which no thread of the block "
                  "has written", ME, verb(touch), size, (std::size_t)address);
-        if (c.write && c.write != now && !(atomic && c.write_place & ATOMIC_PLACE) && !ordered(c.write))
+        if (c.write && !(atomic && c.write_place & ATOMIC_PLACE) && !ordered(c.write))
             race(address, size, touch, place, c.write, c.write_place, true);
         if (writes) {
             for (int k = 0; k < 2; ++k)
-                if (c.read[k] && c.read[k] != now && !ordered(c.read[k]))
+                if (c.read[k] && !ordered(c.read[k]))
                     race(address, size, touch, place, c.read[k], c.read_place[k], false);
             c = {now, mine, {0, 0}, {0, 0}};
             continue;
         }
-        if (c.read[0] == now || c.read[1] == now) continue;
         int free = -1;
         for (int k = 0; k < 2; ++k)
             if (!c.read[k] || ordered(c.read[k])) free = k;
@@ -226,7 +226,7 @@ void Checks::copy_began(const Copy& copy)
 void Checks::copy_arrived(const Copy& copy)
 {
     for (std::size_t i = 0; i < in_flight.size(); ++i)
-        if (in_flight[i].to == copy.to && in_flight[i].from == copy.from) {
+        if (in_flight[i].to == copy.to) {
             in_flight[i] = in_flight.back();
             in_flight.pop_back();
             break;
@@ -250,9 +250,7 @@ using emulated::WRITE;
     HOOK(__tsan_read##size, size, READ)                   \
     HOOK(__tsan_write##size, size, WRITE)                 \
     HOOK(__tsan_unaligned_read##size, size, READ)         \
-    HOOK(__tsan_unaligned_write##size, size, WRITE)       \
-    HOOK(__tsan_volatile_read##size, size, READ)          \
-    HOOK(__tsan_volatile_write##size, size, WRITE)
+    HOOK(__tsan_unaligned_write##size, size, WRITE)
 
 extern "C" {
 HOOKS(1)
@@ -267,6 +265,19 @@ void __tsan_read_range(void* address, std::size_t size)
 void __tsan_write_range(void* address, std::size_t size)
 {
     emulated_touch(address, size, WRITE, __builtin_return_address(0));
+}
+// Of Clang from 15 on.
+void* __tsan_memcpy(void* to, const void* from, std::size_t size)
+{
+    return emulated_memmove(to, from, size, __builtin_return_address(0));
+}
+void* __tsan_memmove(void* to, const void* from, std::size_t size)
+{
+    return emulated_memmove(to, from, size, __builtin_return_address(0));
+}
+void* __tsan_memset(void* to, int value, std::size_t size)
+{
+    return emulated_memset(to, value, size, __builtin_return_address(0));
 }
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}

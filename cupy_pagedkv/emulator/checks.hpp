@@ -25,7 +25,7 @@ public:
     void touch(std::uintptr_t address, std::size_t size, int touch, const void* place);
     void sync_warp(unsigned warp, unsigned lanes);
     void sync_block();
-    void fence();
+    void fence(Fence fence);
     void copy_began(const Copy& copy);
     void copy_arrived(const Copy& copy);
 
@@ -34,10 +34,11 @@ private:
     static constexpr std::uint32_t ATOMIC_PLACE = 1u << 31, ASYNC_PLACE = 1u << 30, PLACE = ASYNC_PLACE - 1;
     static constexpr std::size_t PAGE = 4096;
 
-    // What one block made known to others: by a fence and an atomic access behind it, all up to there.
+    // What one thread made known to others: by a fence and an atomic access behind it, all up to there.
     struct Release {
         std::uint64_t block, time;
-        std::uint32_t thread, barriers, stamps;
+        std::uint32_t thread, barriers, stamps, own_stamps;
+        Fence fence;
     };
     struct Acquire {
         std::uint64_t time;
@@ -46,17 +47,20 @@ private:
 
     Worker& w;
     std::vector<Region> arrays, segments;
-    std::size_t last_array = 0;
     std::vector<Stamp> stamps;
     std::vector<std::uint32_t> stamp_of;              // of each thread of the block, now; 0: none yet
     std::vector<std::vector<std::uint32_t>> clocks;   // of each warp: [lane][other] how far the lane knows the other
-    std::uint32_t barriers = 0;                       // of the block so far
+    std::uint32_t barriers = 0;                       // of the launch so far
     std::vector<Cell> shared;
     std::unordered_map<std::uintptr_t, std::unique_ptr<Cell[]>> pages;
-    std::uintptr_t last_page = 0;
+    std::uintptr_t last_page = 0;  // where nothing lies
     Cell* last_cells = nullptr;
     std::vector<Copy> in_flight;
-    std::vector<bool> fenced;
+    struct Fenced {
+        Fence fence;
+        std::uint32_t stamps;  // its own accesses with earlier stamps lie before it
+    };
+    std::vector<Fenced> fenced;  // each thread's widest fence so far, and its last
     std::vector<Release> releases;
     std::vector<Acquire> acquires;
     std::uint64_t time = 0;

@@ -13,15 +13,15 @@ from pathlib import Path
 __all__ = ["CompileError", "compile_kernel", "compile_runtime", "place_of"]
 
 _FOLDER = Path(__file__).parent
-_RUNTIME = ("runtime.cpp", "checks.cpp", "profile.cpp")
+_RUNTIME = ("runtime.cpp", "signals.cpp", "checks.cpp", "profile.cpp")
 _RUNTIME_HEADERS = ("runtime.hpp", "worker.hpp", "checks.hpp", "profile.hpp")
 _KERNEL_HEADERS = ("cuda.hpp", "ptx.hpp", "runtime.hpp")
-_CHECKED = (
-    "-fsanitize=thread",  # at compile time only: what it calls stands in checks.cpp
-    "-fno-tree-sra",  # or GCC would take a 16-byte access apart into those of its members
-    "-DEMULATED_CHECKED",
-)
+_CHECKED = ("-fsanitize=thread", "-DEMULATED_CHECKED")  # at compile time only: what it calls stands in checks.cpp
+# Or a 16-byte access would be taken apart into those of its members. Clang does that at every level but 0; and atomics,
+# which report themselves, it would instrument even where it was told not to.
+_WHOLE_ACCESSES = {"gcc": ("-fno-tree-sra",), "clang": ("-O0", "-mllvm", "-tsan-instrument-atomics=0")}
 _DYNAMIC_SHARED = re.compile(r"\bextern\b(?=[^;{}]*\b__shared__\b)[^;{}]*?\b(\w+)\s*\[\s*\]\s*;")
+_OF_C = re.compile(r'\bextern\s+"C"(?!\s*\{)')
 
 
 class CompileError(RuntimeError):
@@ -70,14 +70,13 @@ def _build(name: str, ingredients: list[str], steps: list[list[str]], source: st
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built = Path(folder) / library.name
         for step in steps:
-            arguments = [argument.format(out=built, folder=folder) for argument in step]
+            arguments = [argument.replace("{out}", str(built)).replace("{folder}", folder) for argument in step]
             run = subprocess.run(
                 [*command, *arguments], input=source, capture_output=True, text=True, check=False, cwd=folder
             )
             if run.returncode:
-                raise CompileError(
-                    f"{command[0]} could not compile the kernel {name}:\n{run.stderr}{_advice(run.stderr)}"
-                )
+                advice = _advice(name, run.stderr, source)
+                raise CompileError(f"{command[0]} could not compile the kernel {name}:\n{run.stderr}{advice}")
         built.replace(library)
     return library
 
@@ -96,13 +95,18 @@ def compile_kernel(code: str, name: str, options: tuple[str, ...], arch: int, in
     runtime = compile_runtime()
     flags = ["-std=c++17", "-O1", "-g1", "-gdwarf-4", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden"]
     flags += [f"-D__CUDA_ARCH__={arch}0", *options, *_own_flags()]
-    flags += ["-fsanitize=alignment", "-fno-sanitize-recover=alignment", *(_CHECKED if instrumented else ())]
-    if instrumented and "clang" in _compiler(os.environ.get("CXX"), os.environ.get("PATH"))[1]:
-        raise CompileError("checks and profiles need g++, named by CXX: Clang copies structs past the instrument")
+    flags += ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
+    clang = "clang" in _compiler(os.environ.get("CXX"), os.environ.get("PATH"))[1]
+    if not clang:
+        flags.append("-fno-extern-tls-init")  # GCC would call a function that begins `extern __shared__`: there is none
+    if instrumented:
+        flags += [*_CHECKED, *_WHOLE_ACCESSES["clang" if clang else "gcc"]]
     dynamic = sorted(set(_DYNAMIC_SHARED.findall(code)))
     launcher = [f"EMULATED_KERNEL({name}, {'emulated_dynamic' if dynamic else 'emulated_no_dynamic'})"]
     if dynamic:
         launcher = ["EMULATED_DYNAMIC_SHARED", *(f"EMULATED_DYNAMIC_NAME({array})" for array in dynamic), *launcher]
+    # Clang refuses `extern __shared__` arrays of one name in functions of C and of C++.
+    code = _OF_C.sub(lambda of_c: " " * len(of_c[0]), code)
     source = "\n".join([f'#line 1 "{name}.cu"', code, f'#line 1 "launcher of {name}"', *launcher])
     compile_step = [*flags, "-fdebug-prefix-map={folder}=.", "-include", str(_FOLDER / "cuda.hpp")]
     return _build(
@@ -127,21 +131,24 @@ _UNKNOWN = (
 )
 
 
-def _advice(errors: str) -> str:
-    """What to do about CUDA that the emulated device does not have."""
+def _advice(name: str, errors: str, source: str | None) -> str:
+    """What to do about CUDA that the emulated device does not have, or a kernel that is not there."""
+    first = re.search(r"^(.*): error: ", errors, re.MULTILINE)
+    if first and first[1].startswith("launcher of"):
+        return f'\nThere is no kernel `{name}` in this source: one function extern "C" __global__ void {name}(...).'
     if header := re.search(r"fatal error: ['\"]?([\w/.]+)['\"]?(: No such file| file not found)", errors):
         return (
             f"\nNo header of CUDA's is here, {header[1]} neither. If few of its names are used, give them a place in "
             f"{_FOLDER / 'cuda.hpp'}."
         )
-    if "Assembler messages" in errors or "in 'asm'" in errors or "in ‘asm’" in errors or "in asm" in errors:
+    if any(sign in errors for sign in ("Assembler messages", "<inline asm>", "in 'asm'", "in ‘asm’", "in asm")):
         return (
             "\nInline PTX does not run on a host. kernels/ptx.cuh has functions for instructions, whose twins stand in "
             f"{_FOLDER / 'ptx.hpp'}."
         )
     unknown = sorted({name for pattern in _UNKNOWN for name in re.findall(pattern, errors)})
     if not unknown:
-        return ""
+        return "\nNo kernel is launched by a kernel here: no dynamic parallelism." if "<<<" in (source or "") else ""
     return (
         f"\nThe emulated device does not know {', '.join(unknown)}. If that is CUDA's, its place is "
         f"{_FOLDER / 'cuda.hpp'}."

@@ -6,19 +6,23 @@
 // line of the kernel that calls, which the default argument sees.
 
 #pragma once
+// NVRTC has no <cstdint>, so that kernels define these themselves, as `long long`; the host's are `long`, under other names.
+#define int64_t emulated_host_int64_t
+#define uint64_t emulated_host_uint64_t
 #include "runtime.hpp"
 #include <cassert>
 #include <climits>
-#include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <math.h>    // not <cmath>: abs(-0.5f) would be that of int, exp(0.5f) that of double
+#include <stdlib.h>
 #include <type_traits>
 #include <utility>
 
 #define __global__
 #define __host__
 #define __device__
-#define __constant__ static
+#define __constant__
 #define __managed__
 #define __forceinline__ inline
 #define __noinline__ __attribute__((noinline))
@@ -28,23 +32,50 @@
 #define __shared__ thread_local  // a host thread runs one block at a time
 #define EMULATED 1
 
-#undef assert
-#define assert(condition) ((condition) ? (void)0 : emulated_trap("assertion failed: " #condition))
+// What the C library's assert calls.
+extern "C" __attribute__((used, visibility("hidden"))) EMULATED_CALLED void
+__assert_fail(const char* condition, const char*, unsigned, const char*) noexcept
+{
+    char why[256];
+    snprintf(why, sizeof why, "assertion failed: %s", condition);
+    emulated_trap(why, __builtin_return_address(0));
+}
 
 constexpr int warpSize = 32;
 constexpr unsigned emulated_full_mask = 0xffffffffu;
 
+// Clang checks the alignment of a scalar and of what a reference is bound to, not of a struct that it copies. So vectors
+// are copied by functions, and functions need constructors where an aggregate has none.
+#if defined(__clang__)
+#define EMULATED_COPIES(name, parameters, ...)                                            \
+    name() = default;                                                                    \
+    constexpr name parameters : __VA_ARGS__ {}                                           \
+    EMULATED_INLINE name(const name& v) { __builtin_memcpy((void*)this, &v, sizeof v); } \
+    EMULATED_INLINE name& operator=(const name& v)                                       \
+    {                                                                                    \
+        __builtin_memcpy((void*)this, &v, sizeof v);                                     \
+        return *this;                                                                    \
+    }
+#else
+#define EMULATED_COPIES(...)
+#endif
+#define EMULATED_COPIES1(type, name) EMULATED_COPIES(name, (type x), x(x))
+#define EMULATED_COPIES2(type, name) EMULATED_COPIES(name, (type x, type y = 0), x(x), y(y))
+#define EMULATED_COPIES3(type, name) EMULATED_COPIES(name, (type x, type y = 0, type z = 0), x(x), y(y), z(z))
+#define EMULATED_COPIES4(type, name) \
+    EMULATED_COPIES(name, (type x, type y = 0, type z = 0, type w = 0), x(x), y(y), z(z), w(w))
+
 // Vector types, aligned as on the device (CUDA programming guide, "Built-in Vector Types").
 #define EMULATED_VECTORS(type, name, align2, align4)                                                    \
-    struct name##1 { type x; };                                                                        \
-    struct alignas(align2) name##2 { type x, y; };                                                     \
+    struct name##1 { type x; EMULATED_COPIES1(type, name##1) };                                        \
+    struct alignas(align2) name##2 { type x, y; EMULATED_COPIES2(type, name##2) };                     \
     EMULATED_VECTOR3(type, name)                                                                       \
-    struct alignas(align4) name##4 { type x, y, z, w; };                                               \
+    struct alignas(align4) name##4 { type x, y, z, w; EMULATED_COPIES4(type, name##4) };               \
     inline name##1 make_##name##1(type x) { return {x}; }                                              \
     inline name##2 make_##name##2(type x, type y) { return {x, y}; }                                   \
     inline name##3 make_##name##3(type x, type y, type z) { return {x, y, z}; }                        \
     inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
-#define EMULATED_VECTOR3(type, name) struct name##3 { type x, y, z; };
+#define EMULATED_VECTOR3(type, name) struct name##3 { type x, y, z; EMULATED_COPIES3(type, name##3) };
 EMULATED_VECTORS(signed char, char, 2, 4)
 EMULATED_VECTORS(unsigned char, uchar, 2, 4)
 EMULATED_VECTORS(short, short, 4, 8)
@@ -111,6 +142,20 @@ inline float __sinf(float a) { return sinf(a); }
 inline float __cosf(float a) { return cosf(a); }
 inline float __saturatef(float a) { return a > 0 ? a < 1 ? a : 1.f : 0.f; }
 inline float normcdff(float x) { return 0.5f * erfcf(-x * 0.70710678f); }
+inline double erfcinv(double y)
+{
+    if (y > 1) return -erfcinv(2 - y);
+    if (!(y > 0)) return y == 0 ? HUGE_VAL : NAN;
+    const double t = sqrt(-2 * log(y / 2));  // a guess (Abramowitz and Stegun 26.2.22), and Halley's steps from there
+    double x = (t - (2.30753 + 0.27061 * t) / (1 + t * (0.99229 + 0.04481 * t))) * 0.70710678118654752;
+    for (int step = 0; step < 3; ++step) {
+        const double newton = (erfc(x) - y) / (-1.1283791670955126 * exp(-x * x));
+        x -= newton / (1 + x * newton);
+    }
+    return x;
+}
+inline float erfcinv(float y) { return (float)erfcinv((double)y); }
+inline float erfcinvf(float y) { return (float)erfcinv((double)y); }
 inline double normcdf(double x) { return 0.5 * erfc(-x * 0.70710678118654752); }
 
 template <class To, class From> To emulated_bits(From from)
@@ -133,27 +178,35 @@ inline int __float2int_ru(float x) { return (int)ceilf(x); }
 inline float __int2float_rn(int x) { return (float)x; }
 
 // Loads and stores with a hint.
-template <class T> T __ldg(const T* p) { return *p; }
-template <class T> T __ldca(const T* p) { return *p; }
-template <class T> T __ldcg(const T* p) { return *p; }
-template <class T> T __ldcs(const T* p) { return *p; }
-template <class T> void __stcg(T* p, T value) { *p = value; }
-template <class T> void __stcs(T* p, T value) { *p = value; }
-template <class T> void __stwt(T* p, T value) { *p = value; }
+template <class T> EMULATED_INLINE T __ldg(const T* p) { return *p; }
+template <class T> EMULATED_INLINE T __ldca(const T* p) { return *p; }
+template <class T> EMULATED_INLINE T __ldcg(const T* p) { return *p; }
+template <class T> EMULATED_INLINE T __ldcs(const T* p) { return *p; }
+template <class T> EMULATED_INLINE void __stcg(T* p, T value) { *p = value; }
+template <class T> EMULATED_INLINE void __stcs(T* p, T value) { *p = value; }
+template <class T> EMULATED_INLINE void __stwt(T* p, T value) { *p = value; }
 inline std::size_t __cvta_generic_to_shared(const void* p) { return (std::size_t)p; }
 inline std::size_t __cvta_generic_to_global(const void* p) { return (std::size_t)p; }
 
-// The compiler instruments loads and stores, not what happens inside the C library.
-EMULATED_CALLED inline void* emulated_memcpy(void* to, const void* from, std::size_t size)
+// Clang before 15 makes calls of these of copies of structs, after it has instrumented the rest. Hidden, they are called
+// before the C library's. GCC would come here, too, for structs that it has told the instrument of.
+#if defined(EMULATED_CHECKED) && defined(__clang__)
+#define EMULATED_HIDDEN extern "C" __attribute__((visibility("hidden"))) EMULATED_CALLED void*
+EMULATED_HIDDEN memcpy(void* to, const void* from, std::size_t size) noexcept
 {
-    emulated_touch(from, size, emulated::READ, __builtin_return_address(0));
-    emulated_touch(to, size, emulated::WRITE, __builtin_return_address(0));
-    return std::memcpy(to, from, size);
+    return emulated_memmove(to, from, size, __builtin_return_address(0));
 }
-EMULATED_CALLED inline void* emulated_memset(void* to, int value, std::size_t size)
+EMULATED_HIDDEN memmove(void* to, const void* from, std::size_t size) noexcept
 {
-    emulated_touch(to, size, emulated::WRITE, __builtin_return_address(0));
-    return std::memset(to, value, size);
+    return emulated_memmove(to, from, size, __builtin_return_address(0));
+}
+EMULATED_HIDDEN memset(void* to, int value, std::size_t size) noexcept
+{
+    return emulated_memset(to, value, size, __builtin_return_address(0));
+}
+#endif
+namespace std {
+using ::emulated_memmove, ::emulated_memset;
 }
 
 // Barriers and fences.
@@ -170,9 +223,9 @@ EMULATED_INLINE int __syncthreads_or(int predicate, unsigned line = __builtin_LI
 {
     return emulated_barrier(emulated::OR, predicate, line);
 }
-inline void __threadfence() { emulated_fence(); }
-inline void __threadfence_block() {}
-inline void __threadfence_system() { emulated_fence(); }
+inline void __threadfence() { emulated_fence(emulated::OF_DEVICE); }
+inline void __threadfence_block() { emulated_fence(emulated::OF_BLOCK); }
+inline void __threadfence_system() { emulated_fence(emulated::OF_DEVICE); }
 inline void __nanosleep(unsigned) {}
 EMULATED_INLINE void __trap() { emulated_trap("__trap"); }
 
@@ -272,6 +325,8 @@ EMULATED_REDUCE(__reduce_xor_sync, (std::is_same<T, unsigned>::value), 0, a ^ b)
 template <class T, class Step>
 EMULATED_UNSEEN T emulated_atomic(T* address, const void* place, Step step)
 {
+    static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8, "atomics change 2, 4 or 8 bytes");
+    if ((std::size_t)address % sizeof(T)) emulated_unaligned_atomic(address, sizeof(T), place);
     using Bits = std::conditional_t<sizeof(T) == 8, std::uint64_t, std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint16_t>>;
     emulated_touch(address, sizeof *address, emulated::ATOMIC, place);
     Bits before = __atomic_load_n((Bits*)address, __ATOMIC_SEQ_CST);
@@ -363,6 +418,19 @@ inline char* emulated_no_dynamic() { return nullptr; }
     inline char* emulated_dynamic() { return emulated_dynamic_shared; }
 #define EMULATED_DYNAMIC_NAME(name) asm(".globl " #name "\n.type " #name ", @tls_object\n.set " #name ", emulated_dynamic_shared");
 
+#undef int64_t
+#undef uint64_t
+typedef long long int64_t;
+typedef unsigned long long uint64_t;
+namespace std {
+using ::int64_t;
+using ::uint64_t;
+}
+
 // From here on the kernel's own text.
-#define memcpy emulated_memcpy
+#define memcpy emulated_memmove
+#define memmove emulated_memmove
 #define memset emulated_memset
+#define __builtin_memcpy emulated_memmove
+#define __builtin_memmove emulated_memmove
+#define __builtin_memset emulated_memset

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .architectures import ARCHITECTURES
-from .compiler import compile_kernel, compile_runtime, place_of
+from .compiler import CompileError, compile_kernel, compile_runtime, place_of
 from .profiling import Report, launches_of, profile_of
 from .settings import Settings, settings
 
@@ -59,8 +59,6 @@ class _Library:
     path: Any
     kernel: _Kernel
     launch: Any
-    keep: Any
-    """Unloaded when nothing refers to it."""
 
 
 class RawKernel:
@@ -101,10 +99,16 @@ class RawKernel:
     def _load(self, arch: int, instrumented: bool) -> _Library:
         # `cupy.RawKernel` compiles on the first call, too.
         path = compile_kernel(self.code, self.name, self.options, arch, instrumented)
-        library = ctypes.CDLL(str(path))
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise CompileError(
+                f"{error}\n{self.name} needs what its source declares and nothing defines; `extern __shared__` arrays "
+                "are found by their text, and not behind a macro"
+            ) from None
         launch = ctypes.CDLL(str(compile_runtime())).emulated_launch
         launch.restype = None
-        return _Library(path, _Kernel.in_dll(library, "emulated_kernel"), launch, library)
+        return _Library(path, _Kernel.in_dll(library, "emulated_kernel"), launch)
 
     def __call__(
         self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], *, shared_mem: int = 0
@@ -196,7 +200,8 @@ def _value(argument: Any) -> npt.NDArray[Any]:
 
 def _region(array: npt.NDArray[Any]) -> _Region:
     """The memory of the array, and of the array whose memory it shares."""
-    whole = array
-    while isinstance(whole.base, np.ndarray):
-        whole = whole.base
+    whole, base = array, array.base
+    while base is not None:  # as_strided puts something else between
+        whole = base if isinstance(base, np.ndarray) else whole
+        base = getattr(base, "base", None)
     return _Region(*np.lib.array_utils.byte_bounds(whole), *np.lib.array_utils.byte_bounds(array))

@@ -29,20 +29,27 @@ long Profile::array_of(std::uintptr_t address) const
         if (address >= regions[i].begin && address < regions[i].end) return (long)i;
     for (const auto* index : {&threadIdx, &blockIdx, &blockDim, &gridDim})
         if (address >= (std::uintptr_t)index && address < (std::uintptr_t)(index + 1)) return NOT_COUNTED;
-    return w.thread().stack.holds(address, 1) ? NOT_COUNTED : DEVICE_VARIABLE;
+    if (w.in_arguments(address, 1)) return NOT_COUNTED;
+    return DEVICE_VARIABLE;
 }
 
 void Profile::touch(std::uintptr_t address, std::size_t size, int touch, const void* place)
 {
     if (w.thread().stack.holds(address, size)) return;
+    // An instruction moves 1, 2, 4, 8 or 16 bytes of a thread, from a multiple of as many: a struct may take several.
+    const std::size_t all = size | address | 16, width = all & ~(all - 1);
+    if (size > width && !(touch & ASYNC)) {
+        for (std::size_t i = 0; i < size; i += width) this->touch(address + i, width, touch, place);
+        return;
+    }
     const long array = array_of(address);
     if (array == NOT_COUNTED) return;
     const std::uint32_t here = (std::uint32_t)((std::uintptr_t)place - w.code);
     // The source and the target of an asynchronous copy have one place and are two requests.
     const std::uint32_t key = here * 2 + (touch & WRITE ? 1 : 0);
     const std::uint32_t pass = passes[w.current][key]++;
-    events[w.current / 32].push_back({here, pass, address, (std::uint32_t)size, (std::uint16_t)(w.current % 32),
-                                      (std::uint16_t)touch});
+    events[w.current / 32].push_back({here, pass, address, (std::uint32_t)size, (std::int16_t)array,
+                                      (std::uint8_t)(w.current % 32), (std::uint8_t)touch});
     InFlight& flying = in_flight[w.current];
     if (touch & (WRITE | ATOMIC) && !(touch & ASYNC)) used();
     if (array == SHARED_MEMORY || touch & (WRITE | ATOMIC)) return;
@@ -62,7 +69,7 @@ static std::uint64_t distinct(std::vector<std::uintptr_t>& values)
 
 void Profile::request(const Event* begin, const Event* end)
 {
-    const long array = array_of(begin->address);
+    const long array = begin->array;
     const bool writes = begin->touch & (WRITE | ATOMIC);
     const std::uint64_t key = ((std::uint64_t)begin->place << 16) | ((std::uint64_t)(array + 4) << 6) | begin->touch;
     const auto [found, isnew] = index.try_emplace(key, rows.size());
@@ -72,9 +79,7 @@ void Profile::request(const Event* begin, const Event* end)
 
     if (array == SHARED_MEMORY) {
         // An event of ldmatrix is a row of 16 bytes: eight, of eight lanes, are a matrix.
-        std::uint32_t width = 4;
-        for (const Event* e = begin; e != end; ++e) width = std::max(width, e->size);
-        const unsigned together = width <= 4 ? 32 : width <= 8 ? 16 : 8;  // lanes
+        const unsigned together = begin->size <= 4 ? 32 : begin->size <= 8 ? 16 : 8;  // lanes
         std::vector<std::uintptr_t> words;
         for (unsigned first = 0; first < 32; first += together) {
             words.clear();
@@ -88,7 +93,6 @@ void Profile::request(const Event* begin, const Event* end)
             for (const std::uintptr_t word : words) most = std::max(most, ++banks[word % 32]);
             row.wavefronts += most;
             row.least += 1;
-            row.bytes += words.size() * 4;
         }
         return;
     }
@@ -120,12 +124,12 @@ void Profile::end_block()
 {
     for (auto& of_warp : events) {
         std::stable_sort(of_warp.begin(), of_warp.end(), [](const Event& a, const Event& b) {
-            return std::tuple(a.place, a.touch, a.pass) < std::tuple(b.place, b.touch, b.pass);
+            return std::tuple(a.place, a.touch, a.pass, a.array) < std::tuple(b.place, b.touch, b.pass, b.array);
         });
         for (std::size_t i = 0, j; i < of_warp.size(); i = j) {
             for (j = i + 1; j < of_warp.size(); ++j)
                 if (of_warp[j].place != of_warp[i].place || of_warp[j].pass != of_warp[i].pass
-                    || of_warp[j].touch != of_warp[i].touch)
+                    || of_warp[j].touch != of_warp[i].touch || of_warp[j].array != of_warp[i].array)
                     break;
             request(&of_warp[i], &of_warp[i] + (j - i));
         }
@@ -136,8 +140,6 @@ void Profile::end_block()
     for (const Thread& thread : w.threads) {
         collectives += thread.collectives;
         barriers += thread.barriers;
-        most_collectives = std::max<std::uint64_t>(most_collectives, thread.collectives);
-        most_barriers = std::max<std::uint64_t>(most_barriers, thread.barriers);
     }
 }
 
@@ -160,8 +162,8 @@ void Profile::report(Report& report)
             }
     kept_rows = rows;
     kept_bytes = bytes;
-    report = {kept_rows.size(), kept_bytes.size(), kept_rows.data(), kept_bytes.data(), most_collectives, most_barriers,
-              collectives, barriers, most_in_flight};
+    report = {kept_rows.size(), kept_bytes.size(), kept_rows.data(), kept_bytes.data(), collectives, barriers,
+              most_in_flight};
 }
 
 }  // namespace emulated

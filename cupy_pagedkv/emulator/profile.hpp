@@ -7,12 +7,12 @@
 namespace emulated {
 
 // Counts of the requests that were made from one place to one array; a request is what the lanes of a warp touch at the
-// same place in the same pass.
+// same place in the same pass, of one array.
 struct Row {
     std::uint64_t place;                // offset in the kernel's library
     std::int64_t array;                 // argument, or -1: shared memory, -2: a variable of the device
     std::uint64_t touch;                // emulated::Touch
-    std::uint64_t requests, bytes, sectors;  // bytes that any lane asked for; sectors of 32 bytes
+    std::uint64_t requests, bytes, sectors;  // of global memory: bytes that any lane asked for; sectors of 32 bytes
     std::uint64_t wavefronts, least;    // of shared memory: passes that the banks take, and that so many bytes need
 };
 
@@ -26,7 +26,7 @@ struct Report {
     std::uint64_t num_rows, num_bytes;
     const Row* rows;
     const Bytes* bytes;
-    std::uint64_t most_collectives, most_barriers, collectives, barriers;  // of a thread; of all
+    std::uint64_t collectives, barriers;  // of all threads
     std::uint64_t in_flight;  // the most bytes that a block's threads have asked global memory for and not used
 };
 
@@ -45,7 +45,8 @@ private:
         std::uint32_t place, pass;
         std::uintptr_t address;
         std::uint32_t size;
-        std::uint16_t lane, touch;
+        std::int16_t array;
+        std::uint8_t lane, touch;
     };
     struct InFlight {
         std::uint64_t loaded, copying, most;
@@ -63,7 +64,7 @@ private:
     std::vector<Row> rows;
     std::vector<Bytes> bytes;
     std::unordered_map<std::uintptr_t, std::unique_ptr<Counts>> pages;
-    std::uint64_t most_collectives = 0, most_barriers = 0, collectives = 0, barriers = 0, most_in_flight = 0;
+    std::uint64_t collectives = 0, barriers = 0, most_in_flight = 0;
 
     long array_of(std::uintptr_t address) const;
     void request(const Event* begin, const Event* end);

@@ -5,13 +5,14 @@
 #include <cmath>
 #include <cstring>
 
+namespace emulated_ptx {  // which ptx.cuh uses: a kernel without it may have functions of these names
+
 // Conversions ("cvt"): to nearest even; every NaN becomes 0x7fff, as on the device.
 inline float f16_to_f32(unsigned short x)
 {
     const int exponent = x >> 10 & 31, mantissa = x & 1023;
     const float sign = x & 0x8000 ? -1.f : 1.f;
-    if (exponent == 31) return emulated_bits<float>((unsigned)(x & 0x8000) << 16 | 0x7f800000u | (unsigned)mantissa << 13
-                                                    | (mantissa ? 0x400000u : 0u));
+    if (exponent == 31) return emulated_bits<float>((unsigned)(x & 0x8000) << 16 | 0x7f800000u | (unsigned)mantissa << 13);
     return sign * (exponent ? ldexpf((float)(1024 + mantissa), exponent - 25) : ldexpf((float)mantissa, -24));
 }
 inline unsigned short f32_to_f16(float x)
@@ -41,7 +42,9 @@ inline float ex2_approx(float x)
 }
 inline float tanh_approx(float x) { return tanhf(x); }
 
-namespace emulated {
+namespace of_warp {
+
+using namespace emulated;
 
 // What a lane brings to an mma: its registers of a and of b.
 template <int A, int B> struct Registers {
@@ -78,7 +81,7 @@ EMULATED_CALLED void mma(float (&d)[4], const unsigned* a, const unsigned* b, bo
                 const auto other = of(4 * (2 * t + column) + s);
                 for (int half = 0; half < 2; ++half)
                     for (int pair = 0; pair < 2; ++pair)
-                        sums[2 * half + column] += (double)number(row.a[2 * block + half], pair, bf16)
+                        sums[2 * half + column] += number(row.a[2 * block + half], pair, bf16)
                                                    * number(other.b[block], pair, bf16);
             }
         }
@@ -92,8 +95,7 @@ EMULATED_UNSEEN void ldmatrix(unsigned (&r)[COUNT], const void* row, const void*
     const int lane = (int)emulated_lane(), g = lane / 4, t = lane % 4;
     unsigned short numbers[8] = {};
     if (lane < 8 * COUNT) {
-        if ((std::uintptr_t)row % 16) emulated_unaligned_row(row, place);
-        emulated_touch(row, 16, READ | MATRIX, place);
+        emulated_matrix_row(row, place);
         std::memcpy(numbers, row, sizeof numbers);
     }
     const Meeting* meeting = emulated_meet(ALIGNED, 0xffffffffu, numbers, sizeof numbers, line, place);
@@ -107,26 +109,26 @@ EMULATED_UNSEEN void ldmatrix(unsigned (&r)[COUNT], const void* row, const void*
     }
 }
 
-}  // namespace emulated
+}  // namespace of_warp
 
 EMULATED_INLINE void mma_m16n8k8_f16(float (&d)[4], const unsigned (&a)[2], unsigned b, unsigned line = __builtin_LINE())
 {
-    emulated::mma<8>(d, a, &b, false, line);
+    of_warp::mma<8>(d, a, &b, false, line);
 }
 EMULATED_INLINE void mma_m16n8k16_f16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], unsigned line = __builtin_LINE())
 {
-    emulated::mma<16>(d, a, b, false, line);
+    of_warp::mma<16>(d, a, b, false, line);
 }
 EMULATED_INLINE void mma_m16n8k16_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], unsigned line = __builtin_LINE())
 {
-    emulated::mma<16>(d, a, b, true, line);
+    of_warp::mma<16>(d, a, b, true, line);
 }
 
 #define EMULATED_LDMATRIX(name, count, trans)                                                                        \
     EMULATED_CALLED inline void name(unsigned (&r)[count], const void* row,                \
                                                                unsigned line = __builtin_LINE())                     \
     {                                                                                                                \
-        emulated::ldmatrix<count, trans>(r, row, __builtin_return_address(0), line);                                 \
+        of_warp::ldmatrix<count, trans>(r, row, __builtin_return_address(0), line);                                 \
     }
 EMULATED_LDMATRIX(ldmatrix_x1, 1, false)
 EMULATED_LDMATRIX(ldmatrix_x2, 2, false)
@@ -143,3 +145,5 @@ template <int SIZE> EMULATED_INLINE void cp_async(void* shared, const void* glob
 EMULATED_INLINE void cp_async_commit() { emulated_cp_async_commit(); }
 template <int N> EMULATED_INLINE void cp_async_wait() { emulated_cp_async_wait(N); }
 EMULATED_INLINE void cp_async_wait_all() { emulated_cp_async_wait(~0u); }
+
+}  // namespace emulated_ptx

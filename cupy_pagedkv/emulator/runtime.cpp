@@ -7,7 +7,9 @@
 #include "worker.hpp"
 #include "checks.hpp"
 #include "profile.hpp"
+#include <algorithm>
 #include <chrono>
+#include <condition_variable>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -146,12 +148,11 @@ static Stack take_stack()
             return stack;
         }
     }
-    constexpr std::size_t GUARD = 64 * 1024;  // a whole number of pages anywhere
-    void* memory = mmap(nullptr, GUARD + Stack::SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* memory = mmap(nullptr, Stack::GUARD + Stack::SIZE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) return {};
-    mprotect(memory, GUARD, PROT_NONE);
     Stack stack;
-    stack.low = (char*)memory + GUARD;
+    stack.low = (char*)memory + Stack::GUARD;
+    if (mprotect(stack.low, Stack::SIZE, PROT_READ | PROT_WRITE)) return {};
     return stack;
 }
 
@@ -208,7 +209,7 @@ static std::uint64_t mixed(std::uint64_t x)  // splitmix64
 struct Found {
     std::uintptr_t code;  // an address in the library that is looked for
     char *shared_begin, *shared_end;
-    std::uintptr_t base;
+    std::uintptr_t base, end;
     std::vector<Region>* segments;
 };
 
@@ -230,6 +231,7 @@ static int find_library(dl_phdr_info* info, std::size_t, void* wanted)
             found.shared_end = found.shared_begin + part.p_memsz;
         }
         const std::uintptr_t begin = info->dlpi_addr + part.p_vaddr;
+        if (part.p_type == PT_LOAD) found.end = std::max<std::uintptr_t>(found.end, begin + part.p_memsz);
         if (part.p_type == PT_LOAD && found.segments) found.segments->push_back({begin, begin + part.p_memsz, 0, 0});
     }
     return 1;
@@ -247,11 +249,13 @@ Worker::Worker(Launch& launch) : launch(launch)
     gridDim = {launch.grid[0], launch.grid[1], launch.grid[2]};
     launch.kernel->shared();  // so that this thread has it
     dynamic = launch.kernel->dynamic();
-    Found found{(std::uintptr_t)launch.kernel->call, nullptr, nullptr, 0, nullptr};
+    Found found{(std::uintptr_t)launch.kernel->call, nullptr, nullptr, 0, 0, nullptr};
     dl_iterate_phdr(find_library, &found);
     shared_begin = found.shared_begin;
     shared_end = found.shared_end;
     code = found.base;
+    code_end = found.end;
+    watch_faults();
 }
 
 Worker::~Worker()
@@ -268,6 +272,15 @@ bool Worker::in_shared(std::uintptr_t address, std::size_t size) const
     if (address < (std::uintptr_t)shared_begin || address + size > (std::uintptr_t)shared_end) return false;
     const std::uintptr_t past = (std::uintptr_t)dynamic + launch.shared_bytes;  // of what this launch asked for
     return !dynamic || address + size <= past || address >= (std::uintptr_t)dynamic + DYNAMIC_SHARED;
+}
+
+bool Worker::in_arguments(std::uintptr_t address, std::size_t size) const
+{
+    for (std::size_t i = 0; i < launch.kernel->count; ++i) {
+        const std::uintptr_t begin = (std::uintptr_t)launch.arguments[i];
+        if (address >= begin && address + size <= begin + launch.kernel->sizes[i]) return true;
+    }
+    return false;
 }
 
 void Worker::become(unsigned thread)
@@ -346,7 +359,7 @@ void Worker::run_block(std::uint64_t linear)
         for (unsigned i = n; i > 1; --i) std::swap(order[i - 1], order[(state = mixed(state)) % i]);
     }
     std::fill(ready.begin(), ready.end(), 0);
-    for (Warp& warp : warps) warp.alive = 0, warp.pending.clear();
+    for (Warp& warp : warps) warp.alive = 0;
     for (unsigned i = 0; i < n; ++i) {
         rank[order[i]] = i;
         ready[i / 64] |= 1ull << i % 64;
@@ -354,14 +367,11 @@ void Worker::run_block(std::uint64_t linear)
         Thread& thread = threads[i];
         thread.sp = nullptr;
         thread.done = false;
-        thread.waiting = NOT;
-        thread.held = nullptr;
         thread.barriers = thread.collectives = 0;
         thread.copies.clear();
         thread.groups.clear();
     }
     alive = n;
-    at_barrier = votes = 0;
     // Shared memory holds what nobody can take for data: signalling NaNs in float32 and bfloat16, a NaN in float16, and
     // indices that are far away.
     const auto spoil = [](char* begin, char* end) {
@@ -384,7 +394,7 @@ void Worker::run_block(std::uint64_t linear)
     free_stacks.pop_back();
     thread.sp = prepare_stack(thread.stack.low, Stack::SIZE, fiber_main);
     switch_to(&host, thread.sp, thread.stack.low, Stack::SIZE);
-    if (profile && !launch.error[0]) profile->end_block();
+    if (profile) profile->end_block();
 }
 
 // Lets the lanes of a collective go on, if all have come.
@@ -401,7 +411,7 @@ bool Worker::complete(Warp& warp, Meeting* meeting)
     const unsigned first = (unsigned)(&warp - warps.data()) * 32;
     for (unsigned lanes = meeting->present; lanes; lanes &= lanes - 1) {
         const unsigned thread = first + __builtin_ctz(lanes);
-        if (thread != current && threads[thread].waiting == IN_MEETING) set_ready(thread);
+        if (thread != current) set_ready(thread);
     }
     if (checks && meeting->kind == SYNC) checks->sync_warp(first / 32, meeting->present);
     return true;
@@ -409,11 +419,11 @@ bool Worker::complete(Warp& warp, Meeting* meeting)
 
 bool Worker::complete_barrier()
 {
-    if (!at_barrier || at_barrier < alive) return false;
+    if (at_barrier < alive) return false;
     vote_result = vote == AND ? votes == at_barrier : vote == OR ? votes != 0 : votes;
     at_barrier = votes = 0;
     for (unsigned i = 0; i < threads.size(); ++i)
-        if (i != current && threads[i].waiting == AT_BARRIER && !threads[i].done) set_ready(i);
+        if (threads[i].waiting == AT_BARRIER) set_ready(i);
     if (checks) checks->sync_block();
     return true;
 }
@@ -447,7 +457,6 @@ void Worker::returned()
 {
     Thread& self = thread();
     self.done = true;
-    leave(self, current % 32);
     warp().alive &= ~(1u << current % 32);
     --alive;
     for (std::size_t i = 0; i < warp().pending.size();) i += complete(warp(), warp().pending[i]) ? 0 : 1;
@@ -505,6 +514,9 @@ static void run_share(Launch& launch, std::atomic<std::uint64_t>& next, std::uin
     using clock = std::chrono::steady_clock;
     const auto begun = clock::now();
     std::vector<std::thread> helpers;
+    std::mutex mutex;
+    std::condition_variable finished;
+    std::size_t num_finished = 0;
     worker = &w;
     for (std::uint64_t done = 0, i; (i = next++) < count && !launch.error[0];) {
         w.run_block(in_order(launch, i, count));
@@ -517,9 +529,18 @@ static void run_share(Launch& launch, std::atomic<std::uint64_t>& next, std::uin
             helpers.emplace_back([&] {
                 Worker help(launch);
                 run_share(launch, next, count, help, false);
+                const std::lock_guard<std::mutex> lock(mutex);
+                ++num_finished;
+                finished.notify_one();
             });
     }
     worker = nullptr;
+    {
+        std::unique_lock<std::mutex> lock(mutex);
+        while (!finished.wait_for(lock, std::chrono::milliseconds(50), [&] { return num_finished == helpers.size(); }))
+            if (launch.error[0])
+                for (std::thread& helper : helpers) Interruptible::interrupt(launch, helper);
+    }
     for (std::thread& helper : helpers) helper.join();
 }
 
@@ -535,8 +556,9 @@ __attribute__((visibility("default"))) void emulated_launch(Launch* launch, Repo
     const std::uint64_t count = (std::uint64_t)launch->grid[0] * launch->grid[1] * launch->grid[2];
     Worker w(*launch);
     std::vector<Region> segments;
-    Found found{(std::uintptr_t)launch->kernel->call, nullptr, nullptr, 0, &segments};
+    Found found{(std::uintptr_t)launch->kernel->call, nullptr, nullptr, 0, 0, &segments};
     dl_iterate_phdr(find_library, &found);
+    const Interruptible interruptible(*launch);
     std::unique_ptr<Checks> checks(launch->checks ? new Checks(w, segments) : nullptr);
     std::unique_ptr<Profile> profile(launch->profiles ? new Profile(w) : nullptr);
     w.checks = checks.get();
@@ -550,6 +572,7 @@ int emulated_barrier(Vote vote, int predicate, unsigned line)
 {
     const void* place = __builtin_return_address(0);
     Worker& w = *worker;
+    w.stop_if_failed();
     ++w.thread().barriers;
     if (w.profile) w.profile->used();
     if (!w.at_barrier)
@@ -570,6 +593,7 @@ const Meeting* emulated_meet(Kind kind, unsigned mask, const void* brought, std:
 {
     if (!place) place = __builtin_return_address(0);
     Worker& w = *worker;
+    w.stop_if_failed();
     Thread& self = w.thread();
     Warp& warp = w.warp();
     const unsigned lane = w.current % 32;
@@ -613,6 +637,10 @@ const Meeting* emulated_meet(Kind kind, unsigned mask, const void* brought, std:
     meeting->present |= 1u << lane;
     if (!w.complete(warp, meeting)) w.suspend(IN_MEETING, place);
     self.held = meeting;
+    if (kind == ALIGNED && meeting->present != ~0u)
+        fail(place, nullptr, "{0}: thread (%u, %u, %u) of block (%u, %u, %u) is at an instruction that needs all 32 lanes of "
+             "its warp, and lanes %08x are there", threadIdx.x, threadIdx.y, threadIdx.z, blockIdx.x, blockIdx.y, blockIdx.z,
+             meeting->present);
     return meeting;
 }
 
@@ -625,17 +653,33 @@ unsigned emulated_activemask()
 
 unsigned emulated_lane() { return worker->current % 32; }
 
-void emulated_fence()
+void emulated_fence(Fence fence)
 {
-    if (worker->checks) worker->checks->fence();
+    if (worker->checks) worker->checks->fence(fence);
 }
 
 void emulated_touch(const volatile void* address, std::size_t size, int touch, const void* place)
 {
     Worker* w = worker;
-    if (!w || !(w->checks || w->profile)) return;
+    if (!w) return;
+    w->stop_if_failed();
     if (w->checks) w->checks->touch((std::uintptr_t)address, size, touch, place);
     if (w->profile) w->profile->touch((std::uintptr_t)address, size, touch, place);
+}
+
+// The compiler instruments loads and stores, not what happens inside the C library.
+void* emulated_memmove(void* to, const void* from, std::size_t size, const void* place)
+{
+    if (!place) place = __builtin_return_address(0);
+    emulated_touch(from, size, READ, place);
+    emulated_touch(to, size, WRITE, place);
+    return std::memmove(to, from, size);
+}
+
+void* emulated_memset(void* to, int value, std::size_t size, const void* place)
+{
+    emulated_touch(to, size, WRITE, place ? place : __builtin_return_address(0));
+    return std::memset(to, value, size);
 }
 
 // The bytes of an asynchronous copy arrive when they are waited for, not before.
@@ -644,10 +688,10 @@ void emulated_cp_async(void* shared, const void* global, unsigned size, unsigned
     const void* place = __builtin_return_address(0);
     Worker& w = *worker;
     const std::uintptr_t misaligned = ((std::uintptr_t)shared | (from_source ? (std::uintptr_t)global : 0)) % size;
-    if (misaligned || from_source > size)
+    if (misaligned || from_source > size || !w.in_shared((std::uintptr_t)shared, size))
         fail(place, nullptr, "{0}: thread (%u, %u, %u) of block (%u, %u, %u) copies %u bytes asynchronously from %p to %p, "
-             "which must both be multiples of %u, and asks for %u from the source", threadIdx.x, threadIdx.y, threadIdx.z,
-             blockIdx.x, blockIdx.y, blockIdx.z, size, global, shared, size, from_source);
+             "which must both be multiples of %u, and the latter shared memory, and asks for %u from the source", threadIdx.x,
+             threadIdx.y, threadIdx.z, blockIdx.x, blockIdx.y, blockIdx.z, size, global, shared, size, from_source);
     if (w.checks && from_source) w.checks->touch((std::uintptr_t)global, from_source, READ, place);
     if (w.profile) {
         if (from_source) w.profile->touch((std::uintptr_t)global, from_source, READ | ASYNC, place);
@@ -682,17 +726,27 @@ void emulated_cp_async_wait(unsigned groups_left)
     for (std::size_t& group : self.groups) group -= arriving;
 }
 
-void emulated_trap(const char* why)
+void emulated_trap(const char* why, const void* place)
 {
-    const void* place = __builtin_return_address(0);
+    if (!place) place = __builtin_return_address(0);
     fail(place, nullptr, "{0}: thread (%u, %u, %u) of block (%u, %u, %u) stops the launch: %s", threadIdx.x, threadIdx.y,
          threadIdx.z, blockIdx.x, blockIdx.y, blockIdx.z, why);
 }
 
-void emulated_unaligned_row(const void* row, const void* place)
+void emulated_unaligned_atomic(const void* address, std::size_t size, const void* place)
 {
-    fail(place, nullptr, "{0}: thread (%u, %u, %u) of block (%u, %u, %u) gives ldmatrix a row of 16 bytes at address %p, "
-         "which is not a multiple of 16", threadIdx.x, threadIdx.y, threadIdx.z, blockIdx.x, blockIdx.y, blockIdx.z, row);
+    fail(place, nullptr, "{0}: thread (%u, %u, %u) of block (%u, %u, %u) atomically changes %zu bytes at address %p, which is "
+         "not a multiple of %zu", threadIdx.x, threadIdx.y, threadIdx.z, blockIdx.x, blockIdx.y, blockIdx.z, size, address,
+         size);
+}
+
+void emulated_matrix_row(const void* row, const void* place)
+{
+    if ((std::uintptr_t)row % 16 || !worker->in_shared((std::uintptr_t)row, 16))
+        fail(place, nullptr, "{0}: thread (%u, %u, %u) of block (%u, %u, %u) gives ldmatrix a row of 16 bytes at address %p, "
+             "which is not a multiple of 16 in shared memory", threadIdx.x, threadIdx.y, threadIdx.z, blockIdx.x, blockIdx.y,
+             blockIdx.z, row);
+    emulated_touch(row, 16, READ | MATRIX, place);
 }
 
 // What the compiler passes of an access: its beginning, as GCC's and Clang's runtime libraries declare it

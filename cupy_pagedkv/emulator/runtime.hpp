@@ -45,6 +45,7 @@ struct Meeting {
 
 enum Kind { SYNC, SHUFFLE, VOTE, MATCH, REDUCE, ALIGNED };  // of collectives; ALIGNED: all lanes at the same instruction
 enum Vote { NO_VOTE, COUNT, AND, OR };                       // of barriers
+enum Fence { NO_FENCE, OF_BLOCK, OF_DEVICE };               // how far it reaches
 enum Touch { READ = 0, WRITE = 1, ATOMIC = 2, MATRIX = 4, ASYNC = 8 };  // of an access
 
 }  // namespace emulated
@@ -56,13 +57,16 @@ const emulated::Meeting* emulated_meet(emulated::Kind kind, unsigned mask, const
                                        unsigned line, const void* place = nullptr);
 unsigned emulated_activemask();
 unsigned emulated_lane();
-void emulated_fence();
+void emulated_fence(emulated::Fence fence);
 void emulated_touch(const volatile void* address, std::size_t size, int touch, const void* place);
+void* emulated_memmove(void* to, const void* from, std::size_t size, const void* place = nullptr);
+void* emulated_memset(void* to, int value, std::size_t size, const void* place = nullptr);
 void emulated_cp_async(void* shared, const void* global, unsigned size, unsigned from_source);
 void emulated_cp_async_commit();
 void emulated_cp_async_wait(unsigned groups_left);
-[[noreturn]] void emulated_trap(const char* why);
-[[noreturn]] void emulated_unaligned_row(const void* row, const void* place);
+[[noreturn]] void emulated_trap(const char* why, const void* place = nullptr);
+[[noreturn]] void emulated_unaligned_atomic(const void* address, std::size_t size, const void* place);
+void emulated_matrix_row(const void* row, const void* place);
 }
 
 // The instrument does not look into this function.

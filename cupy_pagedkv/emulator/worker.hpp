@@ -5,6 +5,7 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <thread>
 #include <vector>
 
 namespace emulated {
@@ -43,6 +44,7 @@ enum Waiting { NOT, AT_BARRIER, IN_MEETING, AT_ACTIVEMASK };
 struct Stack {
     char* low = nullptr;
     static constexpr std::size_t SIZE = 128 * 1024;
+    static constexpr std::size_t GUARD = 512 * 1024;  // below it: as much as a thread's variables can take on any device
     bool holds(std::uintptr_t address, std::size_t size) const
     {
         return address >= (std::uintptr_t)low && address + size <= (std::uintptr_t)low + SIZE;
@@ -84,7 +86,6 @@ struct Worker {
     void* host = nullptr;  // stack pointer of who runs the blocks
     void* host_stack = nullptr;
     std::size_t host_stack_size = 0;
-    void* fake_stack = nullptr;
     unsigned current = 0;  // thread
     std::uint64_t block = 0;
     unsigned alive = 0, at_barrier = 0, votes = 0, vote_result = 0, barrier_line = 0;
@@ -93,7 +94,7 @@ struct Worker {
     char* shared_begin = nullptr;
     char* shared_end = nullptr;
     char* dynamic = nullptr;
-    std::uintptr_t code = 0;  // where the kernel's library was loaded
+    std::uintptr_t code = 0, code_end = 0;  // where the kernel's library was loaded
     Checks* checks = nullptr;
     Profile* profile = nullptr;
 
@@ -103,6 +104,7 @@ struct Worker {
     Thread& thread() { return threads[current]; }
     Warp& warp() { return warps[current / 32]; }
     bool in_shared(std::uintptr_t address, std::size_t size) const;
+    bool in_arguments(std::uintptr_t address, std::size_t size) const;
 
     void become(unsigned thread);
     void set_ready(unsigned thread) { ready[rank[thread] / 64] |= 1ull << rank[thread] % 64; }
@@ -116,6 +118,10 @@ struct Worker {
     void leave(Thread& thread, unsigned lane);
     void returned();
     [[noreturn]] void abandon();
+    void stop_if_failed()
+    {
+        if (*(volatile char*)launch.error) abandon();
+    }
 };
 
 extern __thread Worker* worker __attribute__((tls_model("initial-exec")));
@@ -123,5 +129,17 @@ extern __thread Worker* worker __attribute__((tls_model("initial-exec")));
 // Ends the launch with an error. `format` is printf's, and begins with {0} where `place` is known.
 [[noreturn]] void fail(const void* place, const void* other, const char* format, ...)
     __attribute__((format(printf, 3, 4)));
+
+// signals.cpp: what the operating system says of a kernel.
+
+void watch_faults();  // in this host thread, for ever: accesses of kernels to no memory are errors
+
+// As long as it lives, an interrupt (Ctrl-C) ends the launch, if Python's main thread, which is told of it, called it.
+class Interruptible {
+public:
+    explicit Interruptible(Launch& launch);
+    ~Interruptible();
+    static void interrupt(const Launch& launch, std::thread& helper);  // which runs blocks that need not end
+};
 
 }  // namespace emulated

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..bookkeeping.arguments import at_least
 from ..devices import backend as devices
 from ..devices.backend import Backend, backend_of
 from ..devices.layout import UNBOUNDED, AttentionLayout, Scoring, attention_layout_of, check_arithmetic
@@ -74,7 +75,7 @@ def paged_attention(
         the last of sequence ``i``. By default each sequence has one. Rows of ``query`` behind the last are padding:
         theirs in ``out`` stay as they are, or are zeros (and −inf in ``lse``) where these are new.
     max_seqlen_q
-        No sequence has more new tokens. The work on a GPU is cut by it; results do not depend on it.
+        No sequence has more new tokens. Helps to choose how a GPU is used; results do not depend on it.
     softmax_scale
         By default ``head_dim ** -0.5``.
     causal, window_size
@@ -113,30 +114,31 @@ def paged_attention(
     tables = indices("block_tables", block_tables, 2, backend, k_cache)
     lens = indices("seq_lens", seq_lens, 1, backend, k_cache)
     ends = None if cu_seqlens_q is None else indices("cu_seqlens_q", cu_seqlens_q, 1, backend, k_cache)
-    max_seqlen_q = _check_counts(layout, tables, lens, ends, max_seqlen_q)
+    _check_counts(layout, tables, lens, ends, max_seqlen_q)
     _check_values(backend, layout, scoring, tables, lens, ends, max_seqlen_q)
     alibi_slopes = _of_heads("alibi_slopes", alibi_slopes, layout, backend, k_cache)
     sinks = _of_heads("sinks", sinks, layout, backend, k_cache)
     scratch = None
     if isinstance(out, AttentionBuffers):
-        out, lse, scratch = out
-        _check_float32("lse", lse, layout.result.shape[:2], backend, out)
-        _check_float32("scratch", scratch, None, backend, out)
+        result, lse, scratch = out
+        _check_float32("lse", lse, layout.result.shape[:2], backend, result)
+        _check_float32("scratch", scratch, None, backend, result)
     else:
+        result = out
         lse = _new_lse(backend, layout, query, padded=ends is not None) if return_lse else None
-    if out is None:
+    if result is None:
         make = backend.empty if ends is None else backend.zeros
-        out = make(layout.result.shape, query.dtype, query.device)
+        result = make(layout.result.shape, query.dtype, query.device)
     else:
-        _check_out("out", out, layout.result.shape, query)
+        _check_out("out", result, layout.result.shape, query)
     if layout.num_tokens and len(lens):
         tables, lens = on_device(tables, backend, k_cache), on_device(lens, backend, k_cache)
         ends = None if ends is None else on_device(ends, backend, k_cache)
         backend.paged_attention(
-            query, k_cache, v_cache, tables, lens, ends, max_seqlen_q, alibi_slopes, sinks, out, lse, scratch, scoring,
-            layout,
+            query, k_cache, v_cache, tables, lens, ends, max_seqlen_q, alibi_slopes, sinks, result, lse, scratch,
+            scoring, layout,
         )  # fmt: skip
-    return (out, lse) if return_lse else out
+    return (result, lse) if return_lse else result
 
 
 def attention_buffers(
@@ -157,7 +159,7 @@ def attention_buffers(
     backend = backend_of(_INPUTS, query, k_cache, v_cache)
     layout = attention_layout_of(query, k_cache, v_cache)
     tables = indices("block_tables", block_tables, 2, backend, k_cache)
-    floats = backend.attention_scratch(layout, *tables.shape, max_seqlen_q, k_cache)
+    floats = backend.attention_scratch(layout, len(tables), tables.shape[1], max_seqlen_q, k_cache)
     return AttentionBuffers(
         backend.zeros(layout.result.shape, query.dtype, query.device),
         _new_lse(backend, layout, query, padded=True),
@@ -196,11 +198,18 @@ def merge_attention_states(out_a: Array, lse_a: Array, out_b: Array, lse_b: Arra
     return out, lse
 
 
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r:.40}") from None
+
+
 def _scoring(
     layout: AttentionLayout, softmax_scale: float | None, causal: bool, window_size: tuple[int, int], softcap: float
 ) -> Scoring:
-    scale = layout.query.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    softcap = float(softcap)
+    scale = layout.query.shape[2] ** -0.5 if softmax_scale is None else _number("softmax_scale", softmax_scale)
+    softcap = _number("softcap", softcap)
     if not math.isfinite(scale):
         raise ValueError(f"softmax_scale must be a finite number, got {scale}")
     if not 0 <= softcap < math.inf:
@@ -217,25 +226,20 @@ def _scoring(
 
 def _check_counts(
     layout: AttentionLayout, tables: Array, lens: Array, ends: Array | None, max_seqlen_q: int | None
-) -> int:
-    """That there is an entry for each sequence. Returns the most new tokens that a sequence can have."""
+) -> None:
+    """That there is an entry for each sequence."""
     num_seqs, num_tokens = lens.shape[0], layout.num_tokens
     if tables.shape[0] != num_seqs:
         raise ValueError(f"block_tables must have one entry for each of {num_seqs} seq_lens, got {tables.shape[0]}")
-    if ends is None:
-        if num_tokens != num_seqs:
-            raise ValueError(
-                f"query must have one token for each of {num_seqs} seq_lens, got {num_tokens}; "
-                "say by cu_seqlens_q whose tokens they are"
-            )
-        return 1
-    if ends.shape[0] != num_seqs + 1:
+    if ends is None and num_tokens != num_seqs:
+        raise ValueError(
+            f"query must have one token for each of {num_seqs} seq_lens, got {num_tokens}; "
+            "say by cu_seqlens_q whose tokens they are"
+        )
+    if ends is not None and ends.shape[0] != num_seqs + 1:
         raise ValueError(f"cu_seqlens_q must have one entry more than seq_lens, {num_seqs + 1}, got {ends.shape[0]}")
-    if max_seqlen_q is None:
-        return num_tokens
-    if operator.index(max_seqlen_q) < 0:
-        raise ValueError(f"max_seqlen_q must be at least 0, got {max_seqlen_q}")
-    return min(operator.index(max_seqlen_q), num_tokens)
+    if max_seqlen_q is not None:
+        at_least(0, "max_seqlen_q", max_seqlen_q)
 
 
 def _check_values(
@@ -245,7 +249,7 @@ def _check_values(
     tables: Array,
     lens: Array,
     ends: Array | None,
-    max_seqlen_q: int,
+    max_seqlen_q: int | None,
 ) -> None:
     """What the host knows of the lengths, or, where indices are to be checked, everything."""
     check = backend.checks_indices or devices.DEBUG
@@ -272,14 +276,14 @@ def _check_values(
         check_blocks(asnumpy(tables, backend), seen, np.minimum(starts, seen), layout.num_blocks, layout.block_size)
 
 
-def _check_ends(ends: npt.NDArray[np.int64], num_tokens: int, max_seqlen_q: int) -> None:
+def _check_ends(ends: npt.NDArray[np.int64], num_tokens: int, max_seqlen_q: int | None) -> None:
     counts = np.diff(ends)
     if ends[0] != 0 or (counts < 0).any() or ends[-1] > num_tokens:
         raise ValueError(
             f"cu_seqlens_q must begin with 0, ascend, and end at {num_tokens} at most, the tokens of query, "
             f"got {np.array2string(ends, threshold=12)}"
         )
-    if len(counts) and counts.max() > max_seqlen_q:
+    if max_seqlen_q is not None and len(counts) and counts.max() > max_seqlen_q:
         raise ValueError(
             f"no sequence may have more new tokens than max_seqlen_q, {max_seqlen_q}, "
             f"but sequence {counts.argmax()} has {counts.max()}"
@@ -291,7 +295,10 @@ def _of_heads(name: str, values: Any, layout: AttentionLayout, backend: Backend,
     if values is None:
         return None
     if not isinstance(values, (np.ndarray, backend.ndarray)):
-        values = np.asarray(values, np.float32)
+        try:
+            values = np.asarray(values, np.float32)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{name} must be one number for each head, got {values!r:.40} ({error})") from None
     num_heads = layout.query.shape[1]
     if values.dtype != np.float32:
         raise TypeError(f"{name} must be float32, got {values.dtype}")
@@ -308,6 +315,8 @@ def _check_float32(name: str, array: Any, shape: tuple[int, ...] | None, backend
         raise TypeError(f"{name} must be float32, got {array.dtype}")
     if shape is not None and array.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
+    if shape is None and not (array.ndim == 1 and array.flags.c_contiguous):
+        raise ValueError(f"{name} must be contiguous and have one axis, got shape {array.shape}")
     if name in ("lse", "scratch"):
         check_writeable((name,), array)
 
