@@ -158,6 +158,49 @@ def test_attention_alone(tmp_path):
         assert all(0 < seconds < 10 for seconds in row["seconds"].values())
 
 
+def attention_row(batch: int, new: int, length: int, dtype: str, ours: float, **others: float) -> timing.Row:
+    seconds = {name.replace("_", " "): time for name, time in others.items()}
+    case = attention.AttentionCase(batch, new, length, 8, 4, 128, 128, dtype)
+    return timing.Row(case, {"cupy_pagedkv": ours, **seconds})
+
+
+def test_the_lines_and_bars_of_attention_on_a_cpu():
+    rows = [
+        attention_row(1, 1, 128, "float16", 10.0, copy=5.0, torch_folded=9.0, torch_grouped=12.0),
+        attention_row(8, 1, 2048, "float16", 10.0, copy=5.0, torch_folded=15.0, torch_grouped=14.0),
+        attention_row(1, 512, 512, "float32", 10.0, copy=5.0, torch_folded=11.0),
+    ]
+    header, *lines = output.attention_lines(rows)
+    assert header.endswith("of copy, x the best of PyTorch")
+    assert [line.split("   ")[-1] for line in lines] == [
+        "0.50, 0.90 torch folded", "0.50, 1.40 torch grouped", "0.50, 1.10 torch folded"
+    ]  # fmt: skip
+    assert list(output.attention_bars(rows, on_gpu=False)) == [
+        "met    decode, float16, >= 1.3 of PyTorch from 2,048 tokens in all: in 1 of 1; the least is 1.40, "
+        "decode batch=8 1 of 2048 8x128 group=4 float16",
+        "MISSED decode, float16, >= 1.0 of PyTorch below 2,048 tokens in all: in 0 of 1; the least is 0.90, "
+        "decode batch=1 1 of 128 8x128 group=4 float16",
+        "met    prefill, float32, >= 1.0 of PyTorch below 2,048 tokens in all: in 1 of 1; the least is 1.10, "
+        "prefill batch=1 512 of 512 8x128 group=4 float32",
+    ]
+
+
+def test_the_bars_of_attention_on_a_gpu():
+    floors = {attention.READ: 9.0, attention.EMPTY: 6.0}
+    rows = [
+        attention_row(1, 1, 128, "float16", 10.0, **floors),
+        attention_row(64, 1, 2048, "float16", 10.0, **floors),
+        attention_row(8, 1, 16384, "float16", 12.0, **floors),
+        attention_row(1, 512, 4096, "float16", 10.0, torch=7.0, **floors),
+    ]
+    verdicts = [(line[:6], line.split("; ")[1].split(",")[0]) for line in output.attention_bars(rows, on_gpu=True)]
+    assert verdicts == [
+        ("MISSED", "the least is 0.75"),
+        ("met   ", "the least is 0.70"),
+        ("met   ", "the least is 0.60"),
+    ]
+
+
 @pytest.mark.parametrize("dtype", attention.DTYPES)
 @pytest.mark.parametrize("shape", [(2, 1, 40, 2, 3, 16, 16), (2, 5, 40, 2, 3, 16, 16), (2, 1, 40, 1, 4, 32, 16)])
 def test_every_contender_attends_and_a_wrong_one_is_found(shape, dtype):

@@ -20,6 +20,7 @@ _CHECKED = ("-fsanitize=thread", "-DEMULATED_CHECKED")  # at compile time only: 
 # Or a 16-byte access would be taken apart into those of its members. Clang does that at every level but 0; and atomics,
 # which report themselves, it would instrument even where it was told not to.
 _WHOLE_ACCESSES = {"gcc": ("-fno-tree-sra",), "clang": ("-O0", "-mllvm", "-tsan-instrument-atomics=0")}
+_OURS = "<emulator>"  # what the debugger is told for this folder, since another checkout may have compiled what is kept
 _DYNAMIC_SHARED = re.compile(r"\bextern\b(?=[^;{}]*\b__shared__\b)[^;{}]*?\b(\w+)\s*\[\s*\]\s*;")
 _OF_C = re.compile(r'\bextern\s+"C"(?!\s*\{)')
 
@@ -108,10 +109,16 @@ def compile_kernel(code: str, name: str, options: tuple[str, ...], arch: int, in
     # Clang refuses `extern __shared__` arrays of one name in functions of C and of C++.
     code = _OF_C.sub(lambda of_c: " " * len(of_c[0]), code)
     source = "\n".join([f'#line 1 "{name}.cu"', code, f'#line 1 "launcher of {name}"', *launcher])
-    compile_step = [*flags, "-fdebug-prefix-map={folder}=.", "-include", str(_FOLDER / "cuda.hpp")]
+    compile_step = [
+        *flags,
+        f"-fdebug-prefix-map={_FOLDER}={_OURS}",
+        "-fdebug-prefix-map={folder}=.",
+        "-include",
+        str(_FOLDER / "cuda.hpp"),
+    ]
     return _build(
         name,
-        [*flags, str(runtime), _text(_KERNEL_HEADERS), source],
+        [*flags, _OURS, str(runtime), _text(_KERNEL_HEADERS), source],
         [
             # Two steps, since -fsanitize would link libraries whose work is done here.
             [*compile_step, "-x", "c++", "-c", "-", "-o", "{folder}/compiled.o"],
@@ -165,6 +172,6 @@ def place_of(library: Path, offset: int) -> str:
         )
         for line in run.stdout.splitlines():  # the innermost of inlined functions first
             place = line.partition(" (discriminator")[0].removeprefix("./")
-            if not place.startswith((str(_FOLDER), "??", "<stdin>")):
+            if not place.startswith((_OURS, "??", "<stdin>")):
                 return re.sub(r"^.*?/?(kernels/|[^/]*$)", r"\1", place)
     return f"{library.name}+{offset:#x}"
