@@ -81,6 +81,31 @@ def test_shapes(good):
             out=arguments["out"]._replace(lse=zeros((4, 7), np.float32)))  # fmt: skip
 
 
+def off_by_a_byte(device: Any, array: Any) -> Any:
+    memory = device.xp.zeros(array.nbytes + 1, np.uint8)
+    moved = memory[1:].view(array.dtype).reshape(array.shape)
+    moved.view(np.uint8)[...] = array.view(np.uint8)
+    return moved
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32], ids=lambda dtype: np.dtype(dtype).name)
+def test_elements_where_a_gpu_cannot_compute_with_them(device, rng, dtype):
+    """It would fault, or, with an access narrower than an element, never end."""
+    scene = Scene(device, rng, [(1, 30), (4, 20)], heads=(4, 2), dim=16, dtype=dtype, sinks=[1.0] * 4)
+    buffers = scene.buffers()
+    for name in ("query", "k_cache", "v_cache", "sinks"):
+        with pytest.raises(ValueError, match=f"the elements of {name}, .*, must lie at multiples of [24] bytes"):
+            scene.attend(**{name: off_by_a_byte(device, scene.arguments[name])})
+    for name in ("out", "lse"):
+        spoiled = buffers._replace(**{name: off_by_a_byte(device, getattr(buffers, name))})
+        with pytest.raises(ValueError, match=f"the elements of {name}, "):
+            scene.attend(out=spoiled)
+    states = {"out_a": buffers.out, "lse_a": buffers.lse, "out_b": buffers.out, "lse_b": buffers.lse}
+    for name, array in states.items():
+        with pytest.raises(ValueError, match=f"the elements of {name}, "):
+            merge_attention_states(**{**states, name: off_by_a_byte(device, array)})
+
+
 def test_scratch_has_one_axis(good):
     """A kernel counts its floats from the first on, as if they lay one after the other."""
     device, arguments = good

@@ -182,6 +182,11 @@ class CudaBackend:
     def device_name(self, array: Any) -> str:
         return f"cuda:{array.device.id}"
 
+    def is_aligned(self, array: Any) -> bool:
+        """Whether its elements lie at multiples of their size."""
+        steps = (stride for stride, n in zip(array.strides, array.shape, strict=True) if n > 1)
+        return not any(n % array.itemsize for n in (self._address(array), *steps))
+
     def asnumpy(self, array: Any) -> np.ndarray:
         """The array in host memory, once the current stream has got there."""
         return self.xp.asnumpy(array)  # type: ignore[no-any-return]
