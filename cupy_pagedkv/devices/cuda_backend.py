@@ -303,11 +303,12 @@ class CudaBackend:
         device = self._device(query)
         sizes = (block_tables.itemsize, seq_lens.itemsize, cu_seqlens_q.itemsize if packed else seq_lens.itemsize)
         v_is_k = self._address(k_cache) == self._address(v_cache) and k_cache.strides == v_cache.strides
-        plan = self._attention_plan(
-            layout, self._many_rows(layout, num_seqs, max_seqlen_q if packed else 1),
-            v_is_k and v_cache.shape[3] <= k_cache.shape[3], self._misalignment((k_cache, v_cache)),
-            scoring.softcap > 0, device, self._architecture(device), *sizes,
-        )  # fmt: skip
+        with self.on(query.device):  # where CuPy compiles the kernel, and sets its limit
+            plan = self._attention_plan(
+                layout, self._many_rows(layout, num_seqs, max_seqlen_q if packed else 1),
+                v_is_k and v_cache.shape[3] <= k_cache.shape[3], self._misalignment((k_cache, v_cache)),
+                scoring.softcap > 0, device, self._architecture(device), *sizes,
+            )  # fmt: skip
         spread = spread_of(layout, plan.shape, scoring, num_seqs, max_blocks, packed, self._processors(device))
         if scratch is None and spread.scratch:
             scratch = self.empty((spread.scratch,), np.dtype(np.float32), query.device)
