@@ -175,6 +175,16 @@ def test_buffers_without_room_for_scratch_serve_as_well(device, rng):
         assert same_bits(tuple(device.numpy(array) for array in got), scene.attend())
 
 
+def test_scratch_that_starts_at_any_float(device, rng):
+    """A kernel writes two at a time."""
+    scene = Scene(device, rng, [(1, 1500), (3, 700)], heads=(4, 2), dim=16)
+    out, lse, scratch = scene.buffers()
+    for first in (0, 1):
+        memory = device.xp.zeros(scratch.size + 1, np.float32)[first:]
+        got = paged_attention(**scene.arguments, out=AttentionBuffers(out, lse, memory), return_lse=True)
+        assert same_bits(tuple(device.numpy(array) for array in got), scene.attend())
+
+
 def test_a_captured_graph_replays_with_longer_sequences(gpu, rng):
     """Captured at length 1; nothing is allocated in it."""
     import cupy

@@ -297,7 +297,7 @@ class CudaBackend:
         scoring: Scoring,
         layout: AttentionLayout,
     ) -> None:
-        """Where ``scratch`` has too little room, blocks take whole sequences, which takes longer."""
+        """Where ``scratch`` has too little room, or no pairs of floats, blocks take whole sequences, and longer."""
         num_seqs, max_blocks = block_tables.shape
         packed = cu_seqlens_q is not None
         device = self._device(query)
@@ -312,7 +312,7 @@ class CudaBackend:
         spread = spread_of(layout, plan.shape, scoring, num_seqs, max_blocks, packed, self._processors(device))
         if scratch is None and spread.scratch:
             scratch = self.empty((spread.scratch,), np.dtype(np.float32), query.device)
-        elif scratch is not None and scratch.size < spread.scratch:
+        elif scratch is not None and (scratch.size < spread.scratch or self._address(scratch) % 8):
             spread = Spread((*spread.grid[:2], 1), 0, 0)
         split = spread.splits > 0
 
