@@ -348,7 +348,8 @@ class CudaBackend:
         """Floats that attention keeps between two launches, at most."""
         device = self._device(pool)
         many_rows = self._many_rows(layout, num_seqs, max_seqlen_q)
-        shape = shape_of(layout, many_rows, False, 1, False, *self._architecture(device))
+        access = layout.query.dtype.itemsize  # any would do
+        shape = shape_of(layout, many_rows, False, access, False, *self._architecture(device))
         packed = layout.num_tokens != num_seqs
         return spread_of(layout, shape, None, num_seqs, max_blocks, packed, self._processors(device)).scratch
 
