@@ -1,6 +1,7 @@
 """What paged_attention and its kin refuse, on every device, and that a refusal leaves everything as it was."""
 
 import math
+import re
 from typing import Any
 
 import ml_dtypes
@@ -180,10 +181,11 @@ def test_dtypes_that_cannot_be_computed_with(device, dtype):
 
 
 def test_scalars(good):
-    for scale in (math.nan, math.inf, -math.inf):
-        refused(good, ValueError, f"softmax_scale must be a finite number, got {scale}", softmax_scale=scale)
-    for softcap in (-1.0, math.nan, math.inf, -math.inf):
-        message = f"softcap must be 0, which is none, or a finite number above, got {softcap}"
+    for scale in (math.nan, math.inf, -math.inf, 3e38, -1e300):
+        message = re.escape(f"softmax_scale must be a number from -2**60 to 2**60, got {scale}")
+        refused(good, ValueError, message, softmax_scale=scale)
+    for softcap in (-1.0, math.nan, math.inf, -math.inf, 1e-300, 1e-40, 3e38, 1e300):
+        message = re.escape(f"softcap must be 0, which is none, or a number from 2**-60 to 2**60, got {softcap}")
         refused(good, ValueError, message, softcap=softcap)
     for window in ((1,), (1, 2, 3), 5, None, (1.5, 0), ("a", 0), (None, 0)):
         refused(good, TypeError, r"window_size must be two whole numbers \(left, right\)", window_size=window)
@@ -213,6 +215,9 @@ def test_scalars_of_any_kind(device, rng):
             same = scene.attend(window_size=window, causal=causal)
             expected = plain if causal else scene.attend(causal=False)
             assert all(np.array_equal(bits(a), bits(b)) for a, b in zip(same, expected, strict=True))
+    with np.errstate(all="raise"):
+        for options in ({"softmax_scale": 2.0**60, "softcap": 2.0**-60}, {"softmax_scale": 0, "softcap": 2.0**60}):
+            assert np.isfinite(scene.attend(**options)[0].astype(np.float32)).all()
     for options in ({"softmax_scale": np.float32(0.25)}, {"softmax_scale": 0.25}, {"softcap": np.int32(0)}):
         got = scene.attend(**options)
         assert all(np.array_equal(bits(a), bits(b)) for a, b in zip(got, plain, strict=True))

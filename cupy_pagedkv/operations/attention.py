@@ -36,6 +36,7 @@ __all__ = ["AttentionBuffers", "attention_buffers", "merge_attention_states", "p
 
 _INPUTS = ("query", "k_cache", "v_cache")
 _STATES = ("out_a", "lse_a", "out_b", "lse_b")
+_MOST_FACTOR = 2.0**60  # float32 holds quotients of two such numbers
 
 
 class AttentionBuffers(NamedTuple):
@@ -221,10 +222,10 @@ def _scoring(
 ) -> Scoring:
     scale = layout.query.shape[2] ** -0.5 if softmax_scale is None else _number("softmax_scale", softmax_scale)
     softcap = _number("softcap", softcap)
-    if not math.isfinite(scale):
-        raise ValueError(f"softmax_scale must be a finite number, got {scale}")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap must be 0, which is none, or a finite number above, got {softcap}")
+    if not abs(scale) <= _MOST_FACTOR:
+        raise ValueError(f"softmax_scale must be a number from -2**60 to 2**60, got {scale}")
+    if softcap and not 1 / _MOST_FACTOR <= softcap <= _MOST_FACTOR:
+        raise ValueError(f"softcap must be 0, which is none, or a number from 2**-60 to 2**60, got {softcap}")
     try:
         left, right = map(operator.index, window_size)
     except (TypeError, ValueError):
