@@ -12,7 +12,7 @@
 __device__ __forceinline__ Sum sum_of(float lse)
 {
     Sum sum;
-    sum.most = lse * LOG2_E;
+    sum.most = __fmul_rn(lse, LOG2_E);
     sum.total = lse == -INF ? 0.f : 1.f;
     return sum;
 }
