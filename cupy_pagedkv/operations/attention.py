@@ -108,14 +108,15 @@ def paged_attention(
     once. A row that sees nothing is zeros, its LSE −inf (the sink's, if there is one). What is masked, or was never
     written, does not reach a result, be it NaN.
 
-    On a GPU the work is queued on CuPy's current stream; where all indices are there and ``out`` is
+    On a GPU the work is queued on CuPy's current stream; where all arrays are there and ``out`` is
     :func:`attention_buffers`, nothing is allocated or transferred, and a CUDA graph can capture the call. A token's
     result has the same bits, however it is batched, chunked or spread over the GPU; on NumPy the last bits may differ.
     A block that is not in the pool reads as zeros there; on NumPy, and everywhere under ``CUPY_PAGEDKV_DEBUG=1``, it is
     an ``IndexError``, raised before anything is written.
 
     Raises ``TypeError`` for arguments that are no arrays, for NumPy mixed with CuPy and for dtypes that do not agree or
-    that cannot be computed with; ``ValueError`` for shapes that do not agree, for host lengths that are negative,
+    that cannot be computed with; ``ValueError`` for shapes that do not agree, for elements that lie between multiples
+    of their size, for host lengths that are negative,
     do not ascend, or are more than the tables or the query hold, and for scalars out of their range.
     """
     backend = backend_of(_INPUTS, query, k_cache, v_cache)
