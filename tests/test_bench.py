@@ -238,8 +238,9 @@ def test_common_shapes_have_wide_accesses_and_no_spills(kernel):
     assert len(reports) == len(cases.SHAPES)
     for label, report in reports.items():
         assert report.resources.stack == report.resources.spills == 0, label
-        assert set(report.stores) == {128}, label
-        assert report.loads[128] == report.stores[128], label
+        if kernel not in kernels.ATTENTION:  # that of tensor cores loads by cp.async, and stores what is little
+            assert set(report.stores) == {128}, label
+            assert report.loads[128] == report.stores[128], label
 
 
 class Watched:
@@ -336,7 +337,7 @@ def test_watch_needs_a_kernel():
     command = [sys.executable, str(ROOT / "bench.py"), "--watch"]
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
-    assert "--watch needs the kernel: copy_blocks or gather_cache or reshape_and_cache" in refused.stderr
+    assert f"--watch needs the kernel: {' or '.join(kernels.KERNELS)}" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -368,7 +369,7 @@ def test_the_check_of_each_kernel(monkeypatch, kernel, good, bad):
     assert re.match(r"\d+x\d+ \w+ \w+: \d+ of \d+ bytes differ, the first at \d+", wrong)
 
 
-@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("kernel", sorted({*kernels.KERNELS} - {*kernels.ATTENTION}))
 def test_what_a_kernel_moves(kernel):
     """Exactly the bytes that it has to, once; 34 tokens are two blocks and a bit."""
     launch = traffic.launch_of(kernel, (1, 576, "float16"), num_seqs=3, seq_len=34)
@@ -377,6 +378,21 @@ def test_what_a_kernel_moves(kernel):
     assert traffic.once(launch) == 1
     assert 0 < traffic.index_bytes(launch) < 0.02
     assert launch.written.used >= 0.97
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (2, 64, 64, "float16", 4, 2, 1, 1024),
+        (2, 64, 64, "float16", 4, 2, 20, 300),
+        (1, 64, 64, "float32", 3, 2, 1, 300),
+        (1, 576, 512, "float16", 16, 1, 1, 1024),
+    ],
+)
+def test_attention_reads_what_a_row_tile_sees_and_once(case):
+    launch, wanted = traffic.attention_of(*case)
+    of_kv = [launch.arrays[i].read.bytes for i in (4, 8) if i in launch.arrays]  # one, where V is in K
+    assert sum(of_kv) == wanted
 
 
 def test_reading_a_byte_twice_is_seen(monkeypatch):
