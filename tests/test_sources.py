@@ -75,8 +75,11 @@ def test_an_edit_of_an_included_file_is_compiled(kernels):
         assert x[0] == value
 
 
-def test_all_kernels_share_the_piece_that_moves_rows():
+def test_kernels_share_what_moves_rows_and_what_unites_sums():
     folder = Path(__file__).parent.parent / "kernels"
     for path in folder.glob("*.cu"):
-        assert source_of(path.stem, ()).count('#line 1 "kernels/rows.cuh"') == 1
-        assert '#include "' not in source_of(path.stem, ())
+        source = source_of(path.stem, ())
+        moves = path.stem in ("reshape_and_cache", "gather_cache", "copy_blocks")
+        shared = "rows.cuh" if moves else "attention.cuh"
+        assert source.count(f'#line 1 "kernels/{shared}"') == 1
+        assert '#include "' not in source
