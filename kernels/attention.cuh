@@ -63,7 +63,7 @@ struct End {
 };
 __device__ __forceinline__ End end_of(const Sum& sum)
 {
-    return {1.f, sum.total, sum.total == 0 ? -INF : (sum.most + log2f(sum.total)) * LN_2};
+    return {1.f, sum.total, sum.total == 0 ? -INF : __fmul_rn(__fadd_rn(sum.most, log2f(sum.total)), LN_2)};
 }
 // With a sink: one more score, in units of log e, that brings no value.
 __device__ __forceinline__ End end_of(const Sum& sum, float sink)

@@ -248,7 +248,8 @@ __device__ __forceinline__ void add_others(Accumulator (&o)[ROW_TILES][VALUE_TIL
                 for (int r = 0; r < ROW_TILES; ++r) {
                     const int row = 16 * r + Accumulator::row(i);
                     const Bits weight = shared.weights[swizzled<WEIGHT_CHUNKS>(row, p / 8)].x[p % 8];
-                    if (shared.rows[row].sees.has(first + p)) o[r][n].x[i] += ELEMENT::get(weight) * ELEMENT::get(v);
+                    if (shared.rows[row].sees.has(first + p))
+                        o[r][n].x[i] = __fmaf_rn(ELEMENT::get(weight), ELEMENT::get(v), o[r][n].x[i]);
                 }
             }
 }
@@ -468,7 +469,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_attention(
     if (seq < 0) return;
     const long long first_row = ROWS * (cu_seqlens ? number - first_tile(seq) : number % ((GROUP + ROWS - 1) / ROWS));
     const long long num_rows = sequences.tokens(seq) * GROUP, first_token = sequences.first_token(seq);
-    if (first_row >= num_rows) return;
+    if (first_row < 0 || first_row >= num_rows) return;  // negative where cu_seqlens does not ascend
     const Mask mask = sequences.mask(seq);
 
     for (int row = threadIdx.x; row < ROWS; row += THREADS) {
@@ -476,7 +477,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_attention(
         const bool exists = first_row + row < num_rows;
         const int head = (int)(kv_head * GROUP + (first_row + row) % GROUP);
         shared.rows[row] = {exists ? mask.of_token(token) : Interval{0, 0}, (int)(mask.first_position + token),
-                            alibi_slopes ? LOG2_E * *(const float*)(alibi_slopes + head * slope_stride) : 0.f,
+                            alibi_slopes ? __fmul_rn(LOG2_E, *(const float*)(alibi_slopes + head * slope_stride)) : 0.f,
                             exists ? (int)(first_token + token) : -1, head};
         for (int w = 0; w < WARPS; ++w) shared.united[w][row] = Sum();
     }

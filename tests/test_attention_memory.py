@@ -192,6 +192,16 @@ def test_buffers_without_room_for_scratch_serve_as_well(device, rng):
         assert same_bits(tuple(device.numpy(array) for array in got), scene.attend())
 
 
+def test_scratch_that_starts_at_any_float(device, rng):
+    """A kernel writes two at a time."""
+    scene = Scene(device, rng, [(1, 1500), (3, 700)], heads=(4, 2), dim=16)
+    out, lse, scratch = scene.buffers()
+    for first in (0, 1):
+        memory = device.xp.zeros(scratch.size + 1, np.float32)[first:]
+        got = paged_attention(**scene.arguments, out=AttentionBuffers(out, lse, memory), return_lse=True)
+        assert same_bits(tuple(device.numpy(array) for array in got), scene.attend())
+
+
 def test_a_captured_graph_replays_with_longer_sequences(gpu, rng):
     """Captured at length 1; nothing is allocated in it."""
     import cupy
@@ -384,7 +394,7 @@ def test_blocks_outside_the_pool_raise_on_numpy_and_are_zeros_from_the_kernel(de
             assert np.array_equal(device.numpy(out)[1:], scene.attend()[0][1:])
 
 
-def launch(scene: Scene, lens: Any, ends: Any, out: Any, lse: Any, scratch: Any) -> None:
+def launch(scene: Scene, lens: Any, ends: Any, out: Any, lse: Any, scratch: Any, sinks: Any = None) -> None:
     """Without the checks, which lengths on a GPU do not get, and on the emulated device are all in host memory."""
     names = ("query", "k_cache", "v_cache")
     arrays = [scene.arguments[name] for name in names]
@@ -392,7 +402,7 @@ def launch(scene: Scene, lens: Any, ends: Any, out: Any, lse: Any, scratch: Any)
     scoring = Scoring(0.25, 0.0, UNBOUNDED, 0)
     backend.paged_attention(
         *arrays, scene.arguments["block_tables"], scene.device.array(np.array(lens)),
-        None if ends is None else scene.device.array(np.array(ends)), None, None, None, out, lse, scratch, scoring,
+        None if ends is None else scene.device.array(np.array(ends)), None, None, sinks, out, lse, scratch, scoring,
         attention_layout_of(*arrays),
     )  # fmt: skip
 
@@ -430,6 +440,21 @@ def test_the_kernel_bears_any_lengths_on_the_device(kernel_device, rng, checked)
                 assert (result[[0, 1, 8, 9]] == 7).all()
                 assert (device.numpy(lse)[[0, 1, 8, 9]] == 7).all()
                 assert ((result == 0) | (result == 7)).all()
+
+
+def test_tiles_ahead_of_their_sequence_are_none(kernel_device, rng):
+    """As many numbers of tiles as the second sequence's are below one that begins in front of it: it has no such rows,
+    and no such heads."""
+    device = kernel_device
+    scene = Scene(device, rng, [(400, 400)], heads=(6, 2), dim=16)
+    scene.on_device[...] = 0
+    scene.arguments["block_tables"] = device.array(scene.tables.repeat(5, axis=0))
+    sinks = device.array(np.array([math.nan] * 6 + [1.0] * 6 + [math.nan] * 6, np.float32))[6:12]
+    out, lse, scratch = (device.xp.zeros(shape, np.float32) for shape in ((400, 6, 16), (400, 6), 0))
+    out = out.astype(np.float16)
+    launch(scene, [400] * 5, [0, 200, 400, 0, 0, 0], out, lse, scratch, sinks)
+    assert not device.numpy(out).any()
+    assert np.isfinite(device.numpy(lse)).all()
 
 
 # With the other classes

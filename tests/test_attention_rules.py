@@ -1,6 +1,7 @@
 """What paged_attention and its kin refuse, on every device, and that a refusal leaves everything as it was."""
 
 import math
+import re
 from typing import Any
 
 import ml_dtypes
@@ -81,6 +82,31 @@ def test_shapes(good):
             out=arguments["out"]._replace(lse=zeros((4, 7), np.float32)))  # fmt: skip
 
 
+def off_by_a_byte(device: Any, array: Any) -> Any:
+    memory = device.xp.zeros(array.nbytes + 1, np.uint8)
+    moved = memory[1:].view(array.dtype).reshape(array.shape)
+    moved.view(np.uint8)[...] = array.view(np.uint8)
+    return moved
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32], ids=lambda dtype: np.dtype(dtype).name)
+def test_elements_where_a_gpu_cannot_compute_with_them(device, rng, dtype):
+    """It would fault, or, with an access narrower than an element, never end."""
+    scene = Scene(device, rng, [(1, 30), (4, 20)], heads=(4, 2), dim=16, dtype=dtype, sinks=[1.0] * 4)
+    buffers = scene.buffers()
+    for name in ("query", "k_cache", "v_cache", "sinks"):
+        with pytest.raises(ValueError, match=f"the elements of {name}, .*, must lie at multiples of [24] bytes"):
+            scene.attend(**{name: off_by_a_byte(device, scene.arguments[name])})
+    for name in ("out", "lse"):
+        spoiled = buffers._replace(**{name: off_by_a_byte(device, getattr(buffers, name))})
+        with pytest.raises(ValueError, match=f"the elements of {name}, "):
+            scene.attend(out=spoiled)
+    states = {"out_a": buffers.out, "lse_a": buffers.lse, "out_b": buffers.out, "lse_b": buffers.lse}
+    for name, array in states.items():
+        with pytest.raises(ValueError, match=f"the elements of {name}, "):
+            merge_attention_states(**{**states, name: off_by_a_byte(device, array)})
+
+
 def test_scratch_has_one_axis(good):
     """A kernel counts its floats from the first on, as if they lay one after the other."""
     device, arguments = good
@@ -155,10 +181,11 @@ def test_dtypes_that_cannot_be_computed_with(device, dtype):
 
 
 def test_scalars(good):
-    for scale in (math.nan, math.inf, -math.inf):
-        refused(good, ValueError, f"softmax_scale must be a finite number, got {scale}", softmax_scale=scale)
-    for softcap in (-1.0, math.nan, math.inf, -math.inf):
-        message = f"softcap must be 0, which is none, or a finite number above, got {softcap}"
+    for scale in (math.nan, math.inf, -math.inf, 3e38, -1e300):
+        message = re.escape(f"softmax_scale must be a number from -2**60 to 2**60, got {scale}")
+        refused(good, ValueError, message, softmax_scale=scale)
+    for softcap in (-1.0, math.nan, math.inf, -math.inf, 1e-300, 1e-40, 3e38, 1e300):
+        message = re.escape(f"softcap must be 0, which is none, or a number from 2**-60 to 2**60, got {softcap}")
         refused(good, ValueError, message, softcap=softcap)
     for window in ((1,), (1, 2, 3), 5, None, (1.5, 0), ("a", 0), (None, 0)):
         refused(good, TypeError, r"window_size must be two whole numbers \(left, right\)", window_size=window)
@@ -188,6 +215,9 @@ def test_scalars_of_any_kind(device, rng):
             same = scene.attend(window_size=window, causal=causal)
             expected = plain if causal else scene.attend(causal=False)
             assert all(np.array_equal(bits(a), bits(b)) for a, b in zip(same, expected, strict=True))
+    with np.errstate(all="raise"):
+        for options in ({"softmax_scale": 2.0**60, "softcap": 2.0**-60}, {"softmax_scale": 0, "softcap": 2.0**60}):
+            assert np.isfinite(scene.attend(**options)[0].astype(np.float32)).all()
     for options in ({"softmax_scale": np.float32(0.25)}, {"softmax_scale": 0.25}, {"softcap": np.int32(0)}):
         got = scene.attend(**options)
         assert all(np.array_equal(bits(a), bits(b)) for a, b in zip(got, plain, strict=True))
@@ -395,12 +425,3 @@ def test_merge_refuses_states_that_do_not_agree(device):
     ):
         with pytest.raises(error, match=message):
             merge_attention_states(**{**good, **spoiled})
-
-
-def test_pools_between_elements(kernel_device):
-    """Copies take them as they are; arithmetic has no loads for them."""
-    memory = kernel_device.xp.zeros(2 * 4 * 8 * 16 + 1, np.uint8)
-    pool = memory[1:].view(np.float16).reshape(4, 8, 1, 16)
-    query = kernel_device.xp.zeros((1, 1, 16), np.float16)
-    with pytest.raises(ValueError, match="pools must lie at multiples of the 2 bytes of an element"):
-        paged_attention(query, pool, pool, [[0]], [1])

@@ -88,6 +88,16 @@ def test_one_without_keys_is_the_other_bit_for_bit(device, rng, dtype):
 
 
 @of_dtypes
+def test_what_is_not_finite_shows_however_little_it_counts(device, dtype):
+    """Weights that come out as 0 are weights: only a set without keys brings nothing."""
+    out, nan = (np.full((1, 2, 16), value, dtype) for value in (1, math.nan))
+    for lse in (1, 30, 1000):
+        one, other = np.zeros((1, 2), np.float32), np.full((1, 2), -lse, np.float32)
+        for states in ((out, one, nan, other), (nan, other, out, one)):
+            assert np.isnan(merged(device, *states)[0].astype(np.float32)).all()
+
+
+@of_dtypes
 def test_two_without_keys(device, rng, dtype):
     out_a, lse_a, out_b, lse_b = states(rng, (3, 2, 16), dtype)
     lse_a[1:], lse_b[:2] = -math.inf, -math.inf

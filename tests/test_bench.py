@@ -313,8 +313,9 @@ def test_common_shapes_have_wide_accesses_and_no_spills(kernel):
     assert len(reports) == len(cases.SHAPES)
     for label, report in reports.items():
         assert report.resources.stack == report.resources.spills == 0, label
-        assert set(report.stores) == {128}, label
-        assert report.loads[128] == report.stores[128], label
+        if kernel not in kernels.ATTENTION:  # that of tensor cores loads by cp.async, and stores what is little
+            assert set(report.stores) == {128}, label
+            assert report.loads[128] == report.stores[128], label
 
 
 class Watched:
@@ -461,6 +462,21 @@ def test_lengths_are_read_once_by_each_block_that_runs_at_once():
     at_once = 4 * ARCHITECTURES[90].multiprocessors
     assert launch.grid == (at_once // 2, 2, 1)
     assert at_once <= launch.arrays[24].read.most <= at_once + 32
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (2, 64, 64, "float16", 4, 2, 1, 1024),
+        (2, 64, 64, "float16", 4, 2, 20, 300),
+        (1, 64, 64, "float32", 3, 2, 1, 300),
+        (1, 576, 512, "float16", 16, 1, 1, 1024),
+    ],
+)
+def test_attention_reads_what_a_row_tile_sees_and_once(case):
+    launch, wanted = traffic.attention_of(*case)
+    of_kv = [launch.arrays[i].read.bytes for i in (4, 8) if i in launch.arrays]  # one, where V is in K
+    assert sum(of_kv) == wanted
 
 
 def test_reading_a_byte_twice_is_seen(monkeypatch):

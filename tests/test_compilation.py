@@ -17,9 +17,9 @@ from cupy_pagedkv import PagedKVCache, merge_attention_states, paged_attention
 from cupy_pagedkv.devices.cuda_attention import shape_of
 from cupy_pagedkv.devices.sources import source_of
 from cupy_pagedkv.emulator import architectures as emulator_architectures
-from cupy_pagedkv.emulator.nvrtc import ARCHITECTURES, compile_kernel, report_on
+from cupy_pagedkv.emulator.nvrtc import ARCHITECTURES, _disassemble, compile_kernel, report_on
 
-pytest.importorskip("cuda.core", reason="cuda.core is not installed, which NVRTC is called through")
+core = pytest.importorskip("cuda.core", reason="cuda.core is not installed, which NVRTC is called through")
 
 KERNELS = {path.stem for path in (Path(__file__).parent.parent / "kernels").glob("*.cu")}
 COMMON = [(8, 128, 128), (1, 576, 512), (32, 128, 128), (8, 64, 64), (8, 46, 46)]
@@ -75,6 +75,25 @@ def test_every_specialisation_compiles_without_spills(specialisations, arch):
     for code, resources in zip(sources, results, strict=True):
         if resources.stack or resources.spills:
             pytest.fail(f"on sm_{arch}: {resources}\n{code[: code.index('#line')]}", pytrace=False)
+
+
+@pytest.mark.parametrize("arch", [75, 80, 100])
+def test_no_rounding_of_attention_is_left_to_the_compiler(specialisations, arch):
+    """Where it may contract a * b + c, nothing changes: else a token's bits could differ between kernels."""
+    kinds = {}
+    for source in sorted(attention_sources(arch)):
+        kinds["TENSOR 1" in source, "SOFTCAP 1" in source] = source
+    for name, defines in specialisations:
+        if name in ("merge_splits", "merge_attention_states"):
+            kinds[name] = source_of(name, defines)
+    for source in kinds.values():
+        contracted, plain = (
+            core.Program(source, "c++", core.ProgramOptions(arch=f"sm_{arch}", std="c++17", ftz=True, fma=fma))
+            .compile("cubin")
+            .code
+            for fma in (True, False)
+        )
+        assert _disassemble(bytes(contracted)) == _disassemble(bytes(plain)), source[: source.index("#line")]
 
 
 def test_a_spill_would_show():

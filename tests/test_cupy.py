@@ -8,22 +8,27 @@ import subprocess
 import sys
 import weakref
 from collections import deque
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import oracle
 import pytest
+from attending import bits
 from served import Served
 
 import cupy_pagedkv.devices.backend as backend
 from cupy_pagedkv import (
+    AttentionBuffers,
     BlockAllocator,
     KVCacheManager,
     LayeredPagedKVCache,
     PagedKVCache,
     gather_cache,
+    merge_attention_states,
+    paged_attention,
     reshape_and_cache,
 )
 from cupy_pagedkv.devices.cuda_backend import CudaBackend
@@ -36,23 +41,33 @@ cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
 # Without a GPU: `cupy.ndarray` in host memory, and kernels that are told its addresses.
 
 
-def over(host: np.ndarray) -> Any:
+def over(host: np.ndarray, device: int = 0) -> Any:
     """A CuPy array that is ``host``'s memory. What needs no driver works: shapes, strides, views, addresses."""
     host = np.ascontiguousarray(host)
-    memory = cupy.cuda.UnownedMemory(host.ctypes.data, max(1, host.nbytes), host, 0)
+    memory = cupy.cuda.UnownedMemory(host.ctypes.data, max(1, host.nbytes), host, device)
     flat = cupy.ndarray(host.nbytes, np.uint8, cupy.cuda.MemoryPointer(memory, 0))
     return flat.view(host.dtype).reshape(host.shape)
 
 
 class AddressedKernel:
-    """Takes what CuPy takes, CuPy's arrays among it."""
+    """Takes what CuPy takes, CuPy's arrays among it. As there, a limit is set for the current device alone."""
 
-    def __init__(self, code: str, name: str) -> None:
-        self.kernel = RawKernel(code, name)
+    def __init__(self, code: str, name: str, backend: "HostMemoryBackend") -> None:
+        self.kernel, self.backend, self.limits = RawKernel(code, name), backend, dict[int, int]()
 
-    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...]) -> None:
+    @property
+    def max_dynamic_shared_size_bytes(self) -> int:
+        return self.limits.get(self.backend.current, 48 * 1024)
+
+    @max_dynamic_shared_size_bytes.setter
+    def max_dynamic_shared_size_bytes(self, value: int) -> None:
+        self.limits[self.backend.current] = self.kernel.max_dynamic_shared_size_bytes = value
+
+    def __call__(self, grid: Any, block: Any, args: tuple[Any, ...], *, shared_mem: int = 0) -> None:
+        assert shared_mem <= self.max_dynamic_shared_size_bytes
+        assert all(a.data.device_id == self.backend.current for a in args if isinstance(a, cupy.ndarray))
         converted = [np.uintp(a.data.ptr) if isinstance(a, cupy.ndarray) else a for a in args]
-        self.kernel(grid, block, tuple(converted))
+        self.kernel(grid, block, tuple(converted), shared_mem=shared_mem)
 
 
 class HostMemoryBackend(CudaBackend):
@@ -60,22 +75,31 @@ class HostMemoryBackend(CudaBackend):
 
     def __init__(self) -> None:
         super().__init__(cupy)
+        self.current = 0  # the number of the current device
 
     def _count_processors(self, device: int) -> int:
         return 4
 
-    def _build_kernel(self, name: str, defines: Any) -> Any:
-        return AddressedKernel(source_of(name, defines), name)
+    def _read_architecture(self, device: int) -> tuple[int, int]:
+        return 80, 163 * 1024
 
-    def on(self, device: Any) -> AbstractContextManager[Any]:
+    def _build_kernel(self, name: str, defines: Any) -> Any:
+        return AddressedKernel(source_of(name, defines), name, self)
+
+    @contextmanager
+    def on(self, device: Any) -> Iterator[None]:
         assert isinstance(device, cupy.cuda.Device)
-        return nullcontext()
+        before, self.current = self.current, device.id
+        try:
+            yield
+        finally:
+            self.current = before
 
     def _make(self, creator: Any, shape: tuple[int, ...], dtype: np.dtype[Any], device: Any) -> Any:
-        return over(np.zeros(shape, dtype))
+        return over(np.zeros(shape, dtype), device.id)
 
     def from_numpy(self, array: np.ndarray, device: Any) -> Any:
-        return over(array)
+        return over(array, device.id)
 
     def empty_pinned(self, num_bytes: int) -> np.ndarray:
         return np.empty(num_bytes, np.uint8)
@@ -140,6 +164,39 @@ def test_operations_on_cupy_arrays_in_host_memory(host_memory, rng, layout, dtyp
     key, _ = gather_cache(*pools, tables.tolist(), lens, seq_starts=starts)
     assert type(key) is cupy.ndarray
     assert (key.shape, key.dtype) == ((12, 2, 4), dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32], ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize("device", [0, 1])
+def test_attention_on_cupy_arrays_in_host_memory(host_memory, rng, device, dtype):
+    """On a device that is not the current one, too: there a kernel has to be made, and told how much it may have."""
+    query, pools = rng.standard_normal((2, 4, 256)).astype(dtype), rng.standard_normal((2, 40, 16, 2, 256))
+    tables, lens = rng.permutation(40)[None].repeat(2, 0).astype(np.int32), np.array([600, 17])
+    sinks = np.array([1, 2, 3, 4], np.float32)
+    lse, scratch = (np.full(size, np.nan, np.float32) for size in (8, 3 * 2 * 4 * 258))
+    buffers = AttentionBuffers(
+        over(np.zeros((2, 4, 256), dtype), device), over(lse, device).reshape(2, 4), over(scratch, device)
+    )
+    k, v = (over(pool.astype(dtype), device) for pool in pools)
+    arguments = over(query, device), k, v, over(tables, device), over(lens, device)
+    paged_attention(*arguments, sinks=over(sinks, device), out=buffers)
+    assert not np.isnan(scratch[: 2 * 258]).any()  # of the first sequence's first split: two launches
+    result = HostMemory().numpy(buffers.out)
+    expected, _ = oracle.attention(query, *pools.astype(dtype), tables, lens, sinks=sinks)
+    assert np.allclose(result.astype(np.float64), expected, 0.02, 0.02)
+    for given in (sinks, sinks.tolist()):
+        for ends in (None, over(np.array([0, 1, 2]), device), [0, 1, 2]):
+            got = paged_attention(*arguments, ends, sinks=given, max_seqlen_q=9)
+            assert np.array_equal(bits(HostMemory().numpy(got)), bits(result))
+    merged, _ = merge_attention_states(buffers.out, buffers.lse, buffers.out, buffers.lse)
+    assert np.array_equal(bits(HostMemory().numpy(merged)), bits(result))
+
+
+@pytest.mark.parametrize("name", ["alibi_slopes", "sinks"])
+def test_values_of_heads_on_another_gpu(host_memory, name):
+    query, pool = over(np.zeros((1, 2, 16), np.float16)), over(np.zeros((4, 16, 2, 16), np.float16))
+    with pytest.raises(ValueError, match=f"{name} must be where the pools are, on <CUDA Device 0>, got one on <CUDA D"):
+        paged_attention(query, pool, pool, [[0]], [1], **{name: over(np.zeros(2, np.float32), 1)})
 
 
 @pytest.mark.parametrize("debug", [False, True])

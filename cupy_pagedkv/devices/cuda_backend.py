@@ -184,6 +184,11 @@ class CudaBackend:
     def device_name(self, array: Any) -> str:
         return f"cuda:{array.device.id}"
 
+    def is_aligned(self, array: Any) -> bool:
+        """Whether its elements lie at multiples of their size."""
+        steps = (stride for stride, n in zip(array.strides, array.shape, strict=True) if n > 1)
+        return not any(n % array.itemsize for n in (self._address(array), *steps))
+
     def asnumpy(self, array: Any) -> np.ndarray:
         """The array in host memory, once the current stream has got there."""
         return self.xp.asnumpy(array)  # type: ignore[no-any-return]
@@ -294,13 +299,13 @@ class CudaBackend:
         scoring: Scoring,
         layout: AttentionLayout,
     ) -> None:
-        """Where ``scratch`` has too little room, blocks take whole sequences, which takes longer."""
+        """Where ``scratch`` has too little room, or no pairs of floats, blocks take whole sequences, and longer."""
         num_seqs, max_blocks = block_tables.shape
         packed = cu_seqlens_q is not None
         device = self._device(query)
         sizes = (block_tables.itemsize, seq_lens.itemsize, cu_seqlens_q.itemsize if packed else seq_lens.itemsize)
         v_is_k = self._address(k_cache) == self._address(v_cache) and k_cache.strides == v_cache.strides
-        with self.on(query.device):  # whose kernel is told how much shared memory it may have
+        with self.on(query.device):  # where CuPy compiles the kernel, and sets its limit
             plan = self._attention_plan(
                 layout, self._many_rows(layout, num_seqs, max_seqlen_q if packed else 1),
                 v_is_k and v_cache.shape[3] <= k_cache.shape[3], self._misalignment((k_cache, v_cache)),
@@ -345,7 +350,8 @@ class CudaBackend:
         """Floats that attention keeps between two launches, at most."""
         device = self._device(pool)
         many_rows = self._many_rows(layout, num_seqs, max_seqlen_q)
-        shape = shape_of(layout, many_rows, False, layout.query.dtype.itemsize, False, *self._architecture(device))
+        access = layout.query.dtype.itemsize  # any would do
+        shape = shape_of(layout, many_rows, False, access, False, *self._architecture(device))
         packed = layout.num_tokens != num_seqs
         return spread_of(layout, shape, None, num_seqs, max_blocks, packed, self._processors(device)).scratch
 
@@ -412,11 +418,6 @@ class CudaBackend:
         access = math.gcd(16, misalignment, *(n * item for n in (layout.k_cache.shape[4], layout.v_cache.shape[4])))
         for pool in (layout.k_cache, layout.v_cache):
             access = math.gcd(access, *(s for s, n in zip(pool.strides[1:4], pool.shape[1:4], strict=True) if n > 1))
-        if access < item:
-            raise ValueError(
-                f"pools must lie at multiples of the {item} bytes of an element, and so must their strides, "
-                "to be computed with; copy them to where they do"
-            )
         shape = shape_of(layout, many_rows, v_is_k, access, softcap, *architecture)
         kernel = self._kernel("paged_attention", shape.defines + _index_types("paged_attention", index_sizes))
         kernel.max_dynamic_shared_size_bytes = shape.shared_bytes

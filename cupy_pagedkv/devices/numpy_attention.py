@@ -168,10 +168,11 @@ def merge_attention_states(
         a, b = np.exp(lse_a - shift), np.exp(lse_b - shift)
         total = a + b
         lse[...] = shift + np.log(total)
-        shares = [(rows, weight / np.where(total == 0, 1, total)) for rows, weight in ((out_a, a), (out_b, b))]
+        total[total == 0] = 1
         # What has no keys brings nothing, whatever its row holds.
         of_a, of_b = (
-            np.where((share == 0)[..., None], 0, rows.astype(np.float32) * share[..., None]) for rows, share in shares
+            np.where((part == -math.inf)[..., None], 0, rows.astype(np.float32) * (weight / total)[..., None])
+            for rows, part, weight in ((out_a, lse_a, a), (out_b, lse_b, b))
         )
         out[...] = of_a + of_b
 

@@ -139,6 +139,9 @@ class HostArrays:
     def same_device(self, a: _Array, b: _Array) -> bool:
         return True
 
+    def is_aligned(self, array: _Array) -> bool:
+        return array.flags.aligned
+
     def asnumpy(self, array: _Array) -> _Array:
         return array
 

@@ -11,7 +11,17 @@ import numpy.typing as npt
 from ..bookkeeping.ranges import ranges
 from ..devices.backend import Backend
 
-__all__ = ["Array", "IndexArray", "all_below", "asnumpy", "check_blocks", "check_writeable", "indices", "on_device"]
+__all__ = [
+    "Array",
+    "IndexArray",
+    "all_below",
+    "asnumpy",
+    "check_aligned",
+    "check_blocks",
+    "check_writeable",
+    "indices",
+    "on_device",
+]
 
 Array: TypeAlias = Any
 """A NumPy or CuPy array."""
@@ -55,6 +65,13 @@ def asnumpy(array: Array, backend: Backend) -> np.ndarray:
 
 def on_device(array: Array, backend: Backend, pool: Array) -> Array:
     return array if isinstance(array, backend.ndarray) else backend.from_numpy(array, pool.device)
+
+
+def check_aligned(names: tuple[str, ...], backend: Backend, *arrays: Array) -> None:
+    """For arithmetic, which a GPU does on elements; copies move bytes, wherever they lie."""
+    for name, array in zip(names, arrays, strict=True):
+        if not backend.is_aligned(array):
+            raise ValueError(f"the elements of {name}, {array.dtype}, must lie at multiples of {array.itemsize} bytes")
 
 
 def check_writeable(names: tuple[str, ...], *arrays: Array) -> None:

@@ -21,12 +21,22 @@ from ..bookkeeping.arguments import at_least
 from ..devices import backend as devices
 from ..devices.backend import Backend, backend_of
 from ..devices.layout import UNBOUNDED, AttentionLayout, Scoring, attention_layout_of, check_arithmetic
-from .arguments import Array, IndexArray, asnumpy, check_blocks, check_writeable, indices, on_device
+from .arguments import (
+    Array,
+    IndexArray,
+    asnumpy,
+    check_aligned,
+    check_blocks,
+    check_writeable,
+    indices,
+    on_device,
+)
 
 __all__ = ["AttentionBuffers", "attention_buffers", "merge_attention_states", "paged_attention"]
 
 _INPUTS = ("query", "k_cache", "v_cache")
 _STATES = ("out_a", "lse_a", "out_b", "lse_b")
+_MOST_FACTOR = 2.0**60  # float32 holds quotients of two such numbers
 
 
 class AttentionBuffers(NamedTuple):
@@ -98,18 +108,20 @@ def paged_attention(
     once. A row that sees nothing is zeros, its LSE −inf (the sink's, if there is one). What is masked, or was never
     written, does not reach a result, be it NaN.
 
-    On a GPU the work is queued on CuPy's current stream; where all indices are there and ``out`` is
+    On a GPU the work is queued on CuPy's current stream; where all arrays are there and ``out`` is
     :func:`attention_buffers`, nothing is allocated or transferred, and a CUDA graph can capture the call. A token's
     result has the same bits, however it is batched, chunked or spread over the GPU; on NumPy the last bits may differ.
     A block that is not in the pool reads as zeros there; on NumPy, and everywhere under ``CUPY_PAGEDKV_DEBUG=1``, it is
     an ``IndexError``, raised before anything is written.
 
     Raises ``TypeError`` for arguments that are no arrays, for NumPy mixed with CuPy and for dtypes that do not agree or
-    that cannot be computed with; ``ValueError`` for shapes that do not agree, for host lengths that are negative,
+    that cannot be computed with; ``ValueError`` for shapes that do not agree, for elements that lie between multiples
+    of their size, for host lengths that are negative,
     do not ascend, or are more than the tables or the query hold, and for scalars out of their range.
     """
     backend = backend_of(_INPUTS, query, k_cache, v_cache)
     layout = attention_layout_of(query, k_cache, v_cache)
+    check_aligned(_INPUTS, backend, query, k_cache, v_cache)
     scoring = _scoring(layout, softmax_scale, causal, window_size, softcap)
     tables = indices("block_tables", block_tables, 2, backend, k_cache)
     lens = indices("seq_lens", seq_lens, 1, backend, k_cache)
@@ -188,6 +200,7 @@ def merge_attention_states(out_a: Array, lse_a: Array, out_b: Array, lse_b: Arra
     check_arithmetic("out_a", out_a.dtype)
     if out_a.ndim != 3:
         raise ValueError(f"out_a must be [num_tokens, num_heads, v_head_dim], got shape {out_a.shape}")
+    check_aligned(("out_a",), backend, out_a)
     _check_out("out_b", out_b, out_a.shape, out_a, "out_a")
     for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
         _check_float32(name, lse, out_a.shape[:2], backend, out_a)
@@ -210,10 +223,10 @@ def _scoring(
 ) -> Scoring:
     scale = layout.query.shape[2] ** -0.5 if softmax_scale is None else _number("softmax_scale", softmax_scale)
     softcap = _number("softcap", softcap)
-    if not math.isfinite(scale):
-        raise ValueError(f"softmax_scale must be a finite number, got {scale}")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap must be 0, which is none, or a finite number above, got {softcap}")
+    if not abs(scale) <= _MOST_FACTOR:
+        raise ValueError(f"softmax_scale must be a number from -2**60 to 2**60, got {scale}")
+    if softcap and not 1 / _MOST_FACTOR <= softcap <= _MOST_FACTOR:
+        raise ValueError(f"softcap must be 0, which is none, or a number from 2**-60 to 2**60, got {softcap}")
     try:
         left, right = map(operator.index, window_size)
     except (TypeError, ValueError):
@@ -304,7 +317,11 @@ def _of_heads(name: str, values: Any, layout: AttentionLayout, backend: Backend,
         raise TypeError(f"{name} must be float32, got {values.dtype}")
     if values.shape != (num_heads,):
         raise ValueError(f"{name} must have one entry for each of {num_heads} heads, got shape {values.shape}")
-    return on_device(values, backend, pool)
+    values = on_device(values, backend, pool)
+    if not backend.same_device(values, pool):
+        raise ValueError(f"{name} must be where the pools are, on {pool.device}, got one on {values.device}")
+    check_aligned((name,), backend, values)
+    return values
 
 
 def _check_float32(name: str, array: Any, shape: tuple[int, ...] | None, backend: Backend, beside: Array) -> None:
@@ -317,16 +334,18 @@ def _check_float32(name: str, array: Any, shape: tuple[int, ...] | None, backend
         raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
     if shape is None and not (array.ndim == 1 and array.flags.c_contiguous):
         raise ValueError(f"{name} must be contiguous and have one axis, got shape {array.shape}")
+    check_aligned((name,), backend, array)
     if name in ("lse", "scratch"):
         check_writeable((name,), array)
 
 
 def _check_out(name: str, out: Array, shape: tuple[int, ...], like: Array, like_name: str = "query") -> None:
-    backend_of((name, like_name), out, like)
+    backend = backend_of((name, like_name), out, like)
     if out.dtype != like.dtype:
         raise TypeError(f"{name} must have the dtype of {like_name}, {like.dtype}, got {out.dtype}")
     if out.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {out.shape}")
+    check_aligned((name,), backend, out)
     if name == "out":
         check_writeable((name,), out)
 
