@@ -38,7 +38,6 @@ def specialisations() -> set[tuple[str, Any]]:
             cache.update(key, value, [0, 1, 2])
             cache.gather([[0]], [3])
             cache.copy_blocks([0], [1])
-        conftest.attention_shapes.clear()  # of all that tests use there are too many: those of common models
         for dtype, dim, v_dim in ATTENDED:
             for new in (1, 40):
                 query, k_cache = np.zeros((new, 4, dim), dtype), np.zeros((80, 8, 1, dim), dtype)
