@@ -420,16 +420,17 @@ DESCENDING = [([40, 20, 33], [0, 2, MOST, 6]), ([40, 20, 33], [-MOST, 5, 2, 9]),
 """Two sequences may write the same rows, which is a race, in checked mode an error."""
 
 
+@pytest.mark.parametrize("group", [2, 16])
 @pytest.mark.parametrize("checked", [False, True])
-def test_the_kernel_bears_any_lengths_on_the_device(kernel_device, rng, checked):
+def test_the_kernel_bears_any_lengths_on_the_device(kernel_device, rng, checked, group):
     """Nobody can check these. It reads and writes nothing outside the arrays."""
     device = kernel_device
     if device.name == "cupy" and checked:
         pytest.skip("checks are the emulated device's")
-    scene = Scene(device, rng, [(2, 40), (3, 20), (1, 33)], heads=(4, 2), dim=16)
+    scene = Scene(device, rng, [(2, 40), (3, 20), (1, 33)], heads=(2 * group, 2), dim=16)
     scene.on_device[...] = 0
-    memory = device.array(np.full((10, 4, 16), 7, np.float16))
-    lse = device.array(np.full((10, 4), 7, np.float32))
+    memory = device.array(np.full((10, 2 * group, 16), 7, np.float16))
+    lse = device.array(np.full((10, 2 * group), 7, np.float32))
     scratch = device.xp.zeros(100_000, np.float32)
     with emulate(check=checked):
         for lens, ends in ODD_LENGTHS + ([] if checked else DESCENDING):
