@@ -155,6 +155,7 @@ CHECKED: dict[str, dict[str, Any]] = {
     "float32, all options": {"dtype": DTYPES[2], "sinks": [1, 0], "softcap": 5.0, "window_size": (270, -1)},
     "odd head_dim": {"dim": 35, "v_dim": 19, "layout": "packed", "alibi_slopes": [0.1, 0.2]},
     "V of K": {"dim": 64, "v_dim": 32, "layout": "latent"},
+    "many columns of V": {"dim": 16, "v_dim": 513, "layout": "packed"},
     "not causal": {"causal": False, "window_size": (3, 40), "block_size": 5},
 }
 
@@ -184,6 +185,12 @@ def test_other_architectures(kernel_device, rng, dtype, arch):
     with emulate(arch=arch):
         Scene(kernel_device, rng, [(1, 300), (9, 70), (20, 20)], dtype=dtype, sinks=[0.5] * 8).check()
         Scene(kernel_device, rng, [(1, 70)], heads=(4, 1), dim=256, dtype=dtype).check()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_more_columns_of_v_than_a_block_has(device, rng, dtype):
+    for lens in ([(1, 300)], [(1, 257), (5, 20), (0, 3)]):
+        Scene(device, rng, lens, heads=(4, 2), dim=16, v_dim=528, dtype=dtype, layout="packed").check()
 
 
 # Splits
