@@ -162,13 +162,15 @@ CHECKED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", CHECKED)
 def test_every_access_checked(kernel_device, rng, options):
-    """Races, reads of what was not written, accesses outside the arrays; decode in two launches, and prefill."""
+    """Races, reads of what was not written, accesses outside the arrays; decode in two launches and in one, and prefill."""
     if kernel_device.name == "cupy":
         pytest.skip("checks are the emulated device's")
     options = {"heads": (2, 1), "dim": 32, **CHECKED[options]}
     with emulate(check=True):
         decode = Scene(kernel_device, rng, [(1, 300)], **options)
-        decode.check(decode.attend(out=decode.buffers()))
+        buffers = decode.buffers()
+        for scratch in (buffers.scratch, buffers.scratch[:0]):
+            decode.check(decode.attend(out=buffers._replace(scratch=scratch)))
         prefill = Scene(kernel_device, rng, [(1, 3), (2, 290), (20, 40), (0, 5), (3, 1)], padding=2, **options)
         prefill.check()
         for i in range(3):  # what is not finite takes a way of its own
