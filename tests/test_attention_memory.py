@@ -412,6 +412,7 @@ ODD_LENGTHS = [
     ([40, 20, 33], [0, 2, 5, 6]),
     ([MOST, -5, -MOST], [0, 2, 5, 6]),
     ([2**31, 2**32 + 3, 2**31 - 1], [0, 2, 5, 6]),
+    ([-5, 3 - 2**32, -MOST], [0, 2, 5, 6]),
     ([40, 20, 33], [3, 3, 3, 3]),
     ([40, 20, 33], [-MOST, 2, 5, 2**33]),
     ([0, 0, 0], [MOST] * 4),
@@ -441,6 +442,7 @@ def test_the_kernel_bears_any_lengths_on_the_device(kernel_device, rng, checked,
                 assert (result[[0, 1, 8, 9]] == 7).all()
                 assert (device.numpy(lse)[[0, 1, 8, 9]] == 7).all()
                 assert ((result == 0) | (result == 7)).all()
+                assert max(lens) > 0 or not np.isin(device.numpy(lse), (7, -math.inf), invert=True).any()
 
 
 def test_tiles_ahead_of_their_sequence_are_none(kernel_device, rng):
