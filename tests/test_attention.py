@@ -156,13 +156,13 @@ CHECKED: dict[str, dict[str, Any]] = {
     "odd head_dim": {"dim": 35, "v_dim": 19, "layout": "packed", "alibi_slopes": [0.1, 0.2]},
     "V of K": {"dim": 64, "v_dim": 32, "layout": "latent"},
     "many columns of V": {"dim": 16, "v_dim": 513, "layout": "packed"},
-    "not causal": {"causal": False, "window_size": (3, 40), "block_size": 5},
+    "not causal": {"causal": False, "window_size": (3, 40), "block_size": 5, "dim": 16},
 }
 
 
 @pytest.mark.parametrize("options", CHECKED)
 def test_every_access_checked(kernel_device, rng, options):
-    """Races, reads of what was not written, accesses outside the arrays; decode in two launches and in one, and prefill."""
+    """Races, reads of what was not written, accesses outside the arrays; decode in two launches and in one, prefill."""
     if kernel_device.name == "cupy":
         pytest.skip("checks are the emulated device's")
     options = {"heads": (2, 1), "dim": 32, **CHECKED[options]}
@@ -187,6 +187,11 @@ def test_other_architectures(kernel_device, rng, dtype, arch):
     with emulate(arch=arch):
         Scene(kernel_device, rng, [(1, 300), (9, 70), (20, 20)], dtype=dtype, sinks=[0.5] * 8).check()
         Scene(kernel_device, rng, [(1, 70)], heads=(4, 1), dim=256, dtype=dtype).check()
+
+
+@pytest.mark.parametrize(("dim", "v_dim"), [(24, 16), (20, 16), (16, 20)])
+def test_a_head_dim_that_is_no_multiple_of_16_beside_one_that_is(device, rng, dim, v_dim):
+    Scene(device, rng, [(1, 300), (9, 20)], heads=(4, 2), dim=dim, v_dim=v_dim, layout="packed").check()
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
