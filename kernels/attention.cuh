@@ -59,11 +59,11 @@ __device__ __forceinline__ United unite(const Sum& a, const Sum& b)
 // How a row ends: what its values are multiplied by and divided by, and its LSE.
 struct End {
     float scale, total, lse;
-    __device__ __forceinline__ float value(float x) const { return total > 0 || total != total ? __fdiv_rn(__fmul_rn(x, scale), total) : 0.f; }
+    __device__ __forceinline__ float value(float x) const { return total == 0 ? 0.f : __fdiv_rn(__fmul_rn(x, scale), total); }
 };
 __device__ __forceinline__ End end_of(const Sum& sum)
 {
-    return {1.f, sum.total, sum.total == 0 ? -INF : __fmul_rn(__fadd_rn(sum.most, log2f(sum.total)), LN_2)};
+    return {1.f, sum.total, __fmul_rn(__fadd_rn(sum.most, log2f(sum.total)), LN_2)};
 }
 // With a sink: one more score, in units of log e, that brings no value.
 __device__ __forceinline__ End end_of(const Sum& sum, float sink)

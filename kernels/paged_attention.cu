@@ -439,7 +439,6 @@ __device__ __forceinline__ void add_shares(Sums& sums, Shared& shared)
             for (int w = 0; w < WARPS; ++w) total += shared.of_warps[w][Sums::row(r, half)];
             sums.of[r][half].total = total;
         }
-    __syncthreads();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_attention(
@@ -490,12 +489,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_attention(
     // What any of the rows sees, and what all of them see.
     const Interval of_first = mask.of_token(first_row / GROUP);
     const Interval of_last = mask.of_token((min(first_row + ROWS, num_rows) - 1) / GROUP);
-    const Interval any{of_first.first, max(of_first.end, of_last.end)}, all{of_last.first, of_first.end};
+    const Interval any{of_first.first, of_last.end}, all{of_last.first, of_first.end};
 
     // Which tiles: those of the splits that are this block's.
     constexpr int TILES = SPLIT / TILE;
     const auto next = [](int tile) { return (tile + 1) % TILES ? tile + 1 : tile + 1 + ((int)gridDim.z - 1) * TILES; };
-    const int end = any.first < any.end ? (any.end + TILE - 1) / TILE : 0;
+    const int end = (any.end + TILE - 1) / TILE;
     int tile = max(any.first / TILE, (any.first / SPLIT + (int)blockIdx.z) * TILES);
     int ahead = tile;
     if (scratch && tile >= end) return;
@@ -515,8 +514,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_attention(
         places.k[threadIdx.x] = k;
         places.v[threadIdx.x] = v;
     };
-    constexpr int AHEAD = TENSOR ? STAGES : 1;  // tiles that are looked up, and on their way, before they are needed
-    for (int i = 0; i < AHEAD; ++i, ahead = next(ahead)) {
+    // STAGES tiles are looked up, and on their way, before they are needed.
+    for (int i = 0; i < STAGES; ++i, ahead = next(ahead)) {
         look_up(shared.places[i % 2], ahead);
         __syncthreads();
         fetch(shared, i, shared.places[i % 2], k_pool, v_pool);
@@ -528,10 +527,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_attention(
     Sums sums;
     for (int i = 0; tile < end; ++i, tile = next(tile), ahead = next(ahead)) {
         const int stage = i % STAGES, first = tile * TILE;
-        const Places &here = shared.places[i % 2], &next_places = shared.places[(i + AHEAD) % 2];
+        const Places &here = shared.places[i % 2], &next_places = shared.places[(i + STAGES) % 2];
         cp_async_wait<STAGES - 1>();
         __syncthreads();  // the tile is there, and so is, at first, the query
-        look_up(shared.places[(i + AHEAD) % 2], ahead);
+        look_up(shared.places[(i + STAGES) % 2], ahead);
 
         Accumulator s[ROW_TILES][SCORE_TILES];
         products(s, shared, stage, here, k_pool);

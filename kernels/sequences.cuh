@@ -20,8 +20,7 @@ struct Mask {
     __device__ __forceinline__ Interval of_token(long long token) const
     {
         const long long t = first_position + token;
-        const long long first = max(0LL, t - left), end = max(first, min(seq_len, t + right + 1));
-        return {(int)first, (int)end};
+        return {(int)max(0LL, t - left), (int)min(seq_len, t + right + 1)};
     }
 };
 

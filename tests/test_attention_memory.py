@@ -369,6 +369,17 @@ def test_a_pool_past_2_32_bytes(device, rng):
     assert np.array_equal(bits(device.numpy(out)), bits(rows[:, 1, 0]))
 
 
+def test_positions_past_2_31(device, rng):
+    """Nobody has such a sequence, but a length may say so: of large blocks, all of which are one."""
+    pools = device.xp.zeros((2, 1, 2**20, 1, 16), np.float16)
+    query = device.array(rng.standard_normal((1, 2, 16)).astype(np.float16))
+    pools[1] = 1
+    tables = device.array(np.zeros((1, 2**11 + 8), np.int32))
+    with emulate(check=device.name == "emulated"):
+        out = paged_attention(query, *pools, tables, [2**31 + 5000], window_size=(100, -1))
+    assert (device.numpy(out) == 1).all()
+
+
 # Indices that are wrong
 
 
@@ -409,9 +420,10 @@ def launch(scene: Scene, lens: Any, ends: Any, out: Any, lse: Any, scratch: Any,
 
 MOST = 2**63 - 1
 ODD_LENGTHS = [
-    ([40, 20, 33], [0, 2, 5, 6]),
+    ([300, 20, 33], [0, 2, 5, 6]),
     ([MOST, -5, -MOST], [0, 2, 5, 6]),
     ([2**31, 2**32 + 3, 2**31 - 1], [0, 2, 5, 6]),
+    ([-5, 3 - 2**32, -MOST], [0, 2, 5, 6]),
     ([40, 20, 33], [3, 3, 3, 3]),
     ([40, 20, 33], [-MOST, 2, 5, 2**33]),
     ([0, 0, 0], [MOST] * 4),
@@ -420,16 +432,17 @@ DESCENDING = [([40, 20, 33], [0, 2, MOST, 6]), ([40, 20, 33], [-MOST, 5, 2, 9]),
 """Two sequences may write the same rows, which is a race, in checked mode an error."""
 
 
+@pytest.mark.parametrize("group", [2, 16])
 @pytest.mark.parametrize("checked", [False, True])
-def test_the_kernel_bears_any_lengths_on_the_device(kernel_device, rng, checked):
+def test_the_kernel_bears_any_lengths_on_the_device(kernel_device, rng, checked, group):
     """Nobody can check these. It reads and writes nothing outside the arrays."""
     device = kernel_device
     if device.name == "cupy" and checked:
         pytest.skip("checks are the emulated device's")
-    scene = Scene(device, rng, [(2, 40), (3, 20), (1, 33)], heads=(4, 2), dim=16)
+    scene = Scene(device, rng, [(2, 300), (3, 20), (1, 33)], heads=(2 * group, 2), dim=16)
     scene.on_device[...] = 0
-    memory = device.array(np.full((10, 4, 16), 7, np.float16))
-    lse = device.array(np.full((10, 4), 7, np.float32))
+    memory = device.array(np.full((10, 2 * group, 16), 7, np.float16))
+    lse = device.array(np.full((10, 2 * group), 7, np.float32))
     scratch = device.xp.zeros(100_000, np.float32)
     with emulate(check=checked):
         for lens, ends in ODD_LENGTHS + ([] if checked else DESCENDING):
@@ -440,6 +453,7 @@ def test_the_kernel_bears_any_lengths_on_the_device(kernel_device, rng, checked)
                 assert (result[[0, 1, 8, 9]] == 7).all()
                 assert (device.numpy(lse)[[0, 1, 8, 9]] == 7).all()
                 assert ((result == 0) | (result == 7)).all()
+                assert max(lens) > 0 or not np.isin(device.numpy(lse), (7, -math.inf), invert=True).any()
 
 
 def test_tiles_ahead_of_their_sequence_are_none(kernel_device, rng):

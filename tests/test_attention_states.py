@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cupy_pagedkv import merge_attention_states, paged_attention
+from cupy_pagedkv.emulator import emulate
 
 
 def merged(device: Any, *states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -146,6 +147,14 @@ def test_no_rows(device):
         out, lse = np.zeros(shape, np.float16), np.zeros(shape[:2], np.float32)
         got = merged(device, out, lse, out, lse)
         assert (got[0].shape, got[1].shape) == (shape, shape[:2])
+
+
+def test_every_access_checked(kernel_device, rng):
+    if kernel_device.name == "cupy":
+        pytest.skip("checks are the emulated device's")
+    with emulate(check=True):
+        for dtype in DTYPES:
+            check(kernel_device, *states(rng, (3, 2, 130), dtype))
 
 
 # Of attention over parts of the keys

@@ -2,14 +2,18 @@
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import oracle
 import pytest
 
-from cupy_pagedkv import copy_blocks, gather_cache, reshape_and_cache
+from cupy_pagedkv import copy_blocks, gather_cache, paged_attention, reshape_and_cache
+from cupy_pagedkv.devices.cuda_attention import shape_of
 from cupy_pagedkv.devices.cuda_backend import _block_runs, _runs
 from cupy_pagedkv.devices.emulated_backend import EmulatedBackend
-from cupy_pagedkv.devices.layout import Form, Pools
+from cupy_pagedkv.devices.layout import AttentionLayout, Form, Pools, attention_layout_of
+from cupy_pagedkv.emulator import emulate
+from cupy_pagedkv.emulator.architectures import ARCHITECTURES
 
 F2 = np.dtype(np.float16)
 POOL = Form((1, 4, 8, 3, 16), (0, 768, 96, 32, 2), F2)  # [layers, blocks, slots, heads, dim]
@@ -112,3 +116,42 @@ def test_offsets_within_a_block_have_32_bits(large):
         ValueError, match=r"a block of K or V must have at most 1073741824 bytes here, got block_size 1048"
     ):
         plan(2**10 + 1)
+
+
+def attention_of(dtype: Any, dim: int, v_dim: int, num_tokens: int = 1) -> AttentionLayout:
+    k_cache, v_cache = (np.zeros((1, 16, 2, d), dtype) for d in (dim, v_dim))
+    return attention_layout_of(np.zeros((num_tokens, 4, dim), dtype), k_cache, v_cache)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "v_dim", "many_rows", "v_is_k", "arch", "expected"),
+    [
+        (np.float16, 128, 128, True, False, 90, (1, 64, 64, 2, 1)),
+        (np.float16, 128, 128, False, False, 90, (1, 16, 64, 2, 1)),
+        (np.float16, 144, 128, True, False, 90, (1, 64, 32, 2, 1)),  # K and V of 64 positions would be too much
+        (np.float16, 128, 128, True, False, 75, (1, 32, 64, 1, 1)),  # fewer registers, and 64 KiB of shared memory
+        (ml_dtypes.bfloat16, 128, 128, True, False, 75, (0, 32, 32, 1, 1)),  # which its tensor cores do not have
+        (np.float16, 512, 512, False, False, 75, (0, 16, 32, 1, 1)),  # one tile of K and V is all of 64 KiB
+        (np.float16, 576, 512, True, True, 120, (1, 16, 32, 2, 1)),
+        (np.float16, 576, 512, True, False, 120, (1, 16, 32, 1, 1)),
+        (np.float16, 67, 67, True, False, 90, (0, 64, 32, 1, 1)),
+        (np.float16, 64, 528, True, False, 90, (0, 16, 32, 1, 2)),  # two blocks share the columns of V
+        (np.float32, 128, 128, True, False, 90, (0, 64, 32, 1, 1)),
+        (np.float32, 576, 64, True, False, 120, (0, 32, 32, 1, 1)),  # 64 rows of the query would take 154 KiB
+    ],
+)
+def test_what_a_block_of_attention_is_made_for(dtype, dim, v_dim, many_rows, v_is_k, arch, expected):
+    room = ARCHITECTURES[arch].shared_memory_of_block
+    shape = shape_of(attention_of(dtype, dim, v_dim), many_rows, v_is_k, 16, False, arch, room)
+    defines = dict(shape.defines)
+    assert (*(defines[name] for name in ("TENSOR", "ROWS", "TILE", "STAGES")), shape.parts) == expected
+    assert shape.shared_bytes <= room
+
+
+def test_a_query_that_shared_memory_has_no_room_for(kernel_device):
+    if kernel_device.name == "cupy":
+        pytest.skip("a GPU has one architecture")
+    pool, query = np.zeros((1, 16, 1, 2000), np.float32), np.zeros((1, 1, 2000), np.float32)
+    paged_attention(query, pool, pool, [[0]], [1])
+    with emulate(arch=75), pytest.raises(ValueError, match="2000 needs 132736 bytes .* has at most 65536 here"):
+        paged_attention(query, pool, pool, [[0]], [1])

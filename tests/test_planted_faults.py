@@ -14,7 +14,7 @@ from cupy_pagedkv.devices.sources import source_of
 from cupy_pagedkv.emulator import KernelError, RawKernel, emulate
 
 
-def launch(kernel: str, good: str, bad: str) -> None:
+def launch(kernel: str, good: str, bad: str, dim: int = 16) -> None:
     """``kernel`` with ``bad`` for ``good``, on five tokens, sequences and pairs, and blocks of four warps."""
 
     class Edited(EmulatedBackend):
@@ -40,7 +40,7 @@ def launch(kernel: str, good: str, bad: str) -> None:
                 lengths[:] = 8, 3, 8, 5, 8
                 cache.gather(np.array([[0], [1], [2], [3], [9]], np.int32), lengths)
             elif kernel in ("paged_attention", "merge_splits"):
-                attend()
+                attend(dim)
             else:
                 cache.copy_blocks(np.arange(5), np.arange(5, 10))
     finally:
@@ -53,12 +53,13 @@ def apart(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return np.zeros(1 << 20, dtype)[-size:].reshape(shape)
 
 
-def attend() -> None:
-    """A decode step over two splits that are merged, and a prefill of 16 rows and a few, by tensor cores."""
-    k_cache, v_cache = apart((40, 8, 1, 16), np.float16), apart((40, 8, 1, 16), np.float16)
+def attend(dim: int) -> None:
+    """A decode step over two splits that are merged, and prefills of some rows of a tile and of all; by tensor
+    cores, if head_dim is a multiple of 16, or by plain loops."""
+    k_cache, v_cache = apart((40, 8, 1, dim), np.float16), apart((40, 8, 1, dim), np.float16)
     tables = np.arange(39, -1, -1, dtype=np.int32).reshape(1, 40)
-    for new in (1, 9):
-        query, out = apart((new, 2, 16), np.float16), apart((new, 2, 16), np.float16)
+    for new in (1, 9, 32):
+        query, out = apart((new, 2, dim), np.float16), apart((new, 2, dim), np.float16)
         paged_attention(query, k_cache, v_cache, tables, [320], [0, new], window_size=(290, 0), out=out)
 
 
@@ -145,6 +146,49 @@ def test_a_fault_planted_in_attention_is_found(kernel, good, bad, message):
     assert f"{kernel}: kernels/" in str(error.value)
 
 
+LOST = "= total;\n        }\n    __syncthreads();"
+COMMITTED = "k_pool, v_pool);\n        cp_async_commit();\n\n"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "good", "bad", "message"),
+    [
+        ("paged_attention", LOST, LOST.replace("__syncthreads();", ""), "race"),
+        ("paged_attention", "__syncwarp();\n                if", "if", "race"),
+        ("paged_attention", "__syncwarp();  // for", "// for", "race"),
+        ("paged_attention", COMMITTED, "k_pool, v_pool);\n", "waited for"),
+        ("paged_attention", "if (threadIdx.x >= TILE) return;", "", "race"),
+        ("paged_attention", "shared.united[w][row] = Sum();", ";", "no thread of the block has written"),
+        ("paged_attention", "first_row + row < num_rows ? *", "true ? *", "past the end"),
+        ("paged_attention", "if (chunk >= V_DIM / 8) break;", "", "is to arrive|race"),
+        ("paged_attention", "row.token >= 0 && column + 1 < V_DIM", "row.token >= 0", "race|past the end"),
+        ("paged_attention", "row.token >= 0 && column + 1 < V_DIM", "column + 1 < V_DIM", "before the beginning"),
+        ("paged_attention", "row.token >= 0 && part == 0 && warp() == 0", "row.token >= 0", "race"),
+        ("merge_splits", "blockDim.x + threadIdx.x;", "threadIdx.x / 2;", "race"),
+        ("merge_splits", "first / SPLIT % num_splits", "(first / SPLIT + 1)", "past the end"),
+    ],
+)  # fmt: skip
+def test_a_lost_guard_or_barrier_of_attention_is_found(kernel, good, bad, message):
+    with pytest.raises(KernelError, match=message) as error:
+        launch(kernel, good, bad)
+    assert f"{kernel}: kernels/" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        ("if (column >= V_DIM) continue;", ""),
+        ("d < HEAD_DIM;", "d <= HEAD_DIM;"),
+        ("if (column < V_DIM)\n", "\n"),
+        ("if (column < V_DIM) of_row", "of_row"),
+    ],
+)
+def test_a_fault_planted_in_plain_loops_is_found(good, bad):
+    with pytest.raises(KernelError, match="past the end|race|no thread of the block has written"):
+        launch("paged_attention", good, bad, dim=15)
+
+
 def test_attention_without_a_fault():
     for kernel in ("paged_attention", "merge_splits"):
-        launch(kernel, "{", "{")
+        for dim in (15, 16):
+            launch(kernel, "{", "{", dim)

@@ -50,8 +50,6 @@ def shape_of(
         return 4 * rows * (dim + 4 + tile + 4) + common
 
     tensor = tensor and v_dim <= _MOST_COLUMNS and shared_bytes(16, 1) <= room
-    if not tensor:
-        tile = 32
     while rows > 16 and shared_bytes(rows, 1) > room:
         rows //= 2
     if shared_bytes(rows, 1) > room:
