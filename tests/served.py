@@ -10,6 +10,7 @@ import numpy as np
 import oracle
 
 from cupy_pagedkv import Batch, BatchBuffers, CachedSequence, KVCacheManager, LayeredPagedKVCache, OutOfBlocksError
+from cupy_pagedkv.bookkeeping.pool import BlockPool, Run
 
 NUM_LAYERS, ROW = 2, 8  # bytes of K, or of V, of a token in one layer
 
@@ -78,6 +79,14 @@ class Findable:
     def behind(self, key: Any) -> list[int]:
         salt, tokens = key
         return [b for b, (s, more) in self.contents.items() if s == salt and more[: len(tokens)] == tokens != more]
+
+
+def runs_of(pool: BlockPool) -> list[Run]:
+    """All of them, in any order that does not change by itself."""
+    runs = list(pool._roots.values())
+    for run in runs:
+        runs += run.children.values()
+    return runs
 
 
 class Served:
@@ -202,8 +211,8 @@ class Served:
             self.manager.stats(),
             sequences,
             pool._owners.tolist(),
-            list(pool._node),
-            [(node and node.block) for node in pool._node],
+            [(run, run.blocks.tolist(), bytes(run.tokens)) for run in runs_of(pool)],
+            list(pool._line),
             self.manager._rows._tables.shape,
             {block: set(twins) for block, twins in pool._twins.items()},
             pool._allocator.stats(),
@@ -221,6 +230,8 @@ class Served:
         stats = self.manager.stats()
         assert stats.num_sequences == len(self.expected)
         assert (stats.cached_blocks, stats.evictions) == (len(self.findable.cached), self.findable.evictions)
+        in_line = [block for run in self.manager._pool._line for block in reversed(run.blocks)]
+        assert in_line == self.findable.cached
         tables = [sequence.block_table for sequence in self.expected]
         assert stats.live_blocks == len({block for table in tables for block in table.tolist()})
         lengths = [len(expected.tokens) for expected in self.expected.values()]

@@ -14,7 +14,7 @@ import pytest
 from served import Served
 
 from cupy_pagedkv import KVCacheManager, LayeredPagedKVCache, OutOfBlocksError
-from cupy_pagedkv.bookkeeping.pool import BlockPool, Node, _Queue
+from cupy_pagedkv.bookkeeping.pool import BlockPool
 from cupy_pagedkv.devices.numpy_backend import HostStaging
 
 
@@ -249,7 +249,7 @@ def test_resetting_is_refused_while_sequences_live(served):
     assert served.manager.stats().cached_blocks == 2
     served.add([])  # owns nothing
     served.reset_prefix_cache()
-    assert served.manager._pool._node == [None] * 10
+    assert not list(served.manager._pool._line)
     assert served.manager.stats().free_blocks == 10
     assert served.add(range(33)).num_cached_tokens == 0
 
@@ -802,48 +802,73 @@ def test_a_device_that_fails_leaves_everything(served, monkeypatch, fails, error
 def test_integrity_states_its_numbers(served):
     manager, pool = served.manager, served.manager._pool
     sequence = served.run(range(40))
-    served.free(served.run(range(100, 132)))
-    row, queue, node = sequence._row, pool._cached, pool._node
-    assert (pool._node[2], manager.stats().cached_blocks) == (None, 2)  # 0 to 2 live, 3 and 4 cached
+    served.free(served.run(range(100, 164)))
+    with served.manager.add(list(range(100, 133))):  # parts the run, and is let go of last
+        pass
+    row, live, cached = sequence._row, sequence._run, pool._line.oldest
+    assert (live.blocks.tolist(), cached.blocks.tolist(), cached.parent.blocks.tolist()) == ([0, 1], [5, 6], [3, 4])
+    assert manager.stats().cached_blocks == 4
 
     def damaged(text: str, holder: Any, index: Any, value: Any) -> None:
-        before = None if isinstance(holder, dict) else holder[index]
+        before = holder.get(index) if isinstance(holder, dict) else holder[index]
         holder[index] = value
         with pytest.raises(RuntimeError, match=text):
             manager.check_integrity()
         holder[index] = before
-        if isinstance(holder, dict):
+        if before is None:
             del holder[index]
 
+    def set_to(text: str, holder: Any, name: str, value: Any) -> None:
+        before = getattr(holder, name)
+        setattr(holder, name, value)
+        with pytest.raises(RuntimeError, match=text):
+            manager.check_integrity()
+        setattr(holder, name, before)
+
     damaged("block 0 counts 2 owners, but 1 hold it", pool._owners, 0, 2)
-    damaged("1 free|block 3 counts 1 owners, but 0 hold it|are not the pool's 10", pool._owners, 3, 1)
-    damaged("2 cached blocks are counted, 2 stand in line, 3 are marked", queue._stamp, 0, 9)
-    damaged("2 cached blocks are counted, 1 stand in line, 1 are marked", queue._stamp, 3, 0)
-    damaged("block 3 is cached, but is not found", node, 3, None)
-    damaged("block 0 is remembered, but not found", node, 0, Node(pool.root(None), b"x", 0))
-    damaged("block 0 is remembered, but not found", node, 0, Node())
-    damaged("block 2 is remembered, but its tokens lead to block 0", node, 2, node[0])
-    damaged("block 1 is remembered, but not what comes before it", node, 0, None)
+    damaged("3 free \\+ 4 live \\+ 4 cached blocks are not the pool's 10", pool._owners, 3, 1)
+    set_to("3 free \\+ 3 live \\+ 3 cached blocks are not the pool's 10", pool._line, "num_blocks", 3)
+    damaged(r"\[0, 0\] has blocks that are found elsewhere, too", live.blocks, 1, 0)
+    damaged(r"blocks \[5, 3\] has blocks that are found elsewhere, too|\[3, 4\] has", cached.blocks, 1, 3)
+    damaged(r"the run of blocks \[5, 2\] is cached, but has the owners \[0, 1\]", cached.blocks, 1, 2)
+    damaged(r"the run of blocks \[5, 8\] is found, but not all of its blocks are taken", cached.blocks, 1, 8)
+    damaged(r"the run of blocks \[0, 8\] is not cached, but has the owners \[1, 0\]", live.blocks, 1, 8)
+    damaged("block 1 is known, but its tokens lead to block 2", live.blocks, 1, 2)
+    set_to(r"the run of blocks \[0, 1\] has 64 bytes of tokens", live, "tokens", live.tokens[:64])
+    set_to(r"the run of blocks \[\] does not lead to that of blocks \[0, 1\]", live, "tokens", bytearray(128))
+    set_to(r"the run of blocks \[3, 4\] does not lead to that of blocks \[5, 6\]", cached, "first", 3)
+    set_to(r"the run of blocks \[3, 4\] does not lead to that of blocks \[5, 6\]", cached, "parent", live)
     damaged("a sequence of 40 tokens has 4 blocks, and should have 3", manager._rows.num_blocks, row, 4)
     damaged("a sequence of 40 tokens has 2 blocks, and should have 3", manager._rows.num_blocks, row, 2)
-    root = pool.root("x")
-    root[b"x"] = Node(root, b"x", 7)
-    damaged("block 7 is free, but still found", node, 7, root[b"x"])
     damaged(r"block 0 has the twins \[\], but not all of them are live", pool._twins, 0, set())
     damaged(r"block 0 has the twins \[7\], but not all of them are live", pool._twins, 0, {7})
+    damaged(r"block 2 has the twins \[0\], but not all of them are live", pool._twins, 2, {0})
+    pool._line.remove(cached)
+    pool._line.append(cached)
+    with pytest.raises(RuntimeError, match=r"the run of blocks \[3, 4\] would be evicted before what is behind it"):
+        manager.check_integrity()
+    pool._line.remove(cached)
+    pool._line.append(cached)
+    pool._line.remove(cached.parent)
+    pool._line.append(cached.parent)
+    children = live.parent.children
+    del children[(key := next(iter(children)))]
+    with pytest.raises(RuntimeError, match=r"the run of blocks \[0, 1\] is known, but not found"):
+        manager.check_integrity()
+    children[key] = live
     manager._rows._free.append(row)
     with pytest.raises(RuntimeError, match="8 free and 1 used rows are not all rows"):
         manager.check_integrity()
     manager._rows._free.pop()
     pool._allocator.allocate(1)
-    with pytest.raises(RuntimeError, match="4 free \\+ 3 live \\+ 2 cached blocks are not the pool's 10"):
+    with pytest.raises(RuntimeError, match="2 free \\+ 3 live \\+ 4 cached blocks are not the pool's 10"):
         manager.check_integrity()
     pool._allocator.reset()
-    pool._allocator.allocate(5)
-    pool._allocator._queue[6] = 5
-    with pytest.raises(RuntimeError, match="5 free blocks are counted, 4 stand in line, 5 are marked as free"):
+    pool._allocator.allocate(7)
+    pool._allocator._queue[8] = 7
+    with pytest.raises(RuntimeError, match="3 free blocks are counted, 2 stand in line, 3 are marked as free"):
         manager.check_integrity()
-    pool._allocator._queue[6] = 6
+    pool._allocator._queue[8] = 8
     manager.check_integrity()
 
 
@@ -869,25 +894,18 @@ class Watched(np.ndarray):
         return function(*(np.asarray(a) if isinstance(a, Watched) else a for a in inputs), **plain)
 
 
-class WatchedList(list):
-    """A list that nobody may go through."""
-
-    def __iter__(self) -> Any:
-        raise AssertionError
-
-
 def test_nothing_walks_all_blocks(monkeypatch):
     monkeypatch.setattr("cupy_pagedkv.devices.backend.EMULATE", False)
     manager = KVCacheManager(LayeredPagedKVCache(1, 1000, 16, 1, 1, "uint8", "cpu"))
     pool = manager._pool
-    for holder, names in (
-        (pool, ["_owners"]),
-        (pool._cached, ["_stamp"]),
-        (pool._allocator, ["_is_free", "_queue", "_scratch"]),
-    ):
+    for holder, names in ((pool, ["_owners"]), (pool._allocator, ["_is_free", "_queue", "_scratch"])):
         for name in names:
             setattr(holder, name, getattr(holder, name).view(Watched))
-    pool._node = WatchedList(pool._node)
+
+    def walked(line: Any) -> Any:
+        raise AssertionError(line)
+
+    monkeypatch.setattr("cupy_pagedkv.bookkeeping.pool._Line.__iter__", walked)
     with pytest.raises(AssertionError):
         manager.check_integrity()
     sequences = [manager.add(list(range(i, i + 100))) for i in range(5)]
@@ -950,80 +968,15 @@ def test_many_sequences_come_and_go(served):
 # The pool itself
 
 
-def test_a_queue_keeps_its_order(rng):
-    """As vLLM's tests of its free queue: from the front, from the middle, to the back; order and count stay right."""
-    queue = _Queue(500)
-    model: list[int] = []
-    outside = set(range(500))
-    for _ in range(3000):
-        match rng.integers(3):
-            case 0 if outside:
-                blocks = rng.permutation(sorted(outside))[: rng.integers(1, 30)].astype(np.int32)
-                queue.put(blocks)
-                model += blocks.tolist()
-                outside -= set(blocks.tolist())
-            case 1 if model:
-                blocks = rng.permutation(model)[: rng.integers(1, 30)].astype(np.int32)
-                queue.remove(blocks)
-                outside |= set(blocks.tolist())
-                model = [block for block in model if block not in outside]
-            case _:
-                count = int(rng.integers(0, len(model) + 1)) // 4
-                assert queue.pop(count).tolist() == model[:count]
-                outside |= set(model[:count])
-                model = model[count:]
-        assert queue.count == len(model)
-        assert queue._places <= 2 * 500 + 1024 + 30
-    assert queue.pop(len(model)).tolist() == model
-    assert queue.pop(0).tolist() == []
-
-
-def test_places_that_blocks_have_left_are_passed_over_together():
-    """As after a hit of a long prompt, in a step that evicts one block."""
-
-    class Counted(deque):
-        count = 0
-
-        def popleft(self) -> Any:
-            self.count += 1
-            return super().popleft()
-
-    queue = _Queue(100_001)
-    queue.put(np.arange(100_000, dtype=np.int32))
-    queue.remove(np.arange(99_998, dtype=np.int32))
-    queue._runs = Counted(queue._runs)
-    assert queue.pop(1).tolist() == [99_998]
-    assert queue._runs.count <= 100_000 // 1024 + 1
-    assert queue.pop(1).tolist() == [99_999]
-    assert (queue.count, queue._places) == (0, 0)
-
-
-def test_places_that_blocks_have_left_do_not_heap_up():
-    queue, five = _Queue(10), np.array([5], np.int32)
-    queue.put(np.arange(5, dtype=np.int32))
-
-    def places() -> int:
-        assert all(len(run) for _, run in queue._runs)
-        return sum(len(run) for _, run in queue._runs)
-
-    for _ in range(5000):
-        queue.put(five)
-        assert queue._places == places() <= 2 * queue.count + 1024
-        queue.remove(five)
-    queue.put(np.array([7, 5], np.int32))
-    assert queue.pop(3).tolist() == [0, 1, 2]
-    assert queue._places == places()
-    assert queue.pop(4).tolist() == [3, 4, 7, 5]
-    assert queue._places == 0
-
-
 def test_a_chain_of_any_length_comes_and_goes():
     """No recursion: neither in making a deep trie, nor in dropping it."""
     pool = BlockPool(100_000, 1)
-    blocks = pool.take(100_000)
-    node = root = pool.root("salt")
+    blocks, ends = pool.take(100_000), []
+    run = root = pool.root("salt")
     for block in blocks.tolist():
-        node = pool.remember(block, node, b"%d" % block)
-    assert len(pool.find(root, (b"%d" % block for block in range(100_001)))) == 100_000
-    pool.release(blocks)
-    del node, root, pool
+        run = pool.remember(run, block, blocks[block : block + 1], b"%4d" % (block % 10_000))
+        ends.append(run)
+    tokens = b"".join(b"%4d" % (block % 10_000) for block in range(100_001))
+    assert np.array_equal(pool.find(root, tokens)[1], blocks)
+    pool.release(blocks, 0, run, 100_000)
+    del run, root, pool, ends

@@ -1,7 +1,7 @@
 """What is known of many sequences, a row each, in arrays: block tables, lengths, and the tokens of begun blocks.
 
 >>> rows = SequenceRows(block_size=4, num_blocks=100)
->>> row = rows.add(np.array([7, 2], np.int32), length=6)
+>>> row = rows.add(np.array([7, 2], np.int32), length=6, known=0)
 >>> new = NewTokens(np.array([row]), rows.lengths[[row]], np.array([3]), np.array([11, 12, 13], np.int32))
 >>> new.positions
 array([6, 7, 8])
@@ -52,6 +52,8 @@ class SequenceRows:
         """Tokens of each row; of one that is free, 0."""
         self.num_blocks: _Ints = np.zeros(0, np.int64)
         """Blocks in each table; behind the last, tables are 0, as fresh memory reads."""
+        self.known: _Ints = np.zeros(0, np.int64)
+        """How many of each row's first blocks are found by their tokens."""
         self.is_open: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
         """Whether each row is about to grow, and must not be changed otherwise."""
         self._block_size = block_size
@@ -69,8 +71,8 @@ class SequenceRows:
         """Rows that are in no use."""
         return tuple(self._free)
 
-    def add(self, blocks: _Blocks, length: int) -> int:
-        """A row of its own for a sequence of ``length`` tokens in ``blocks``."""
+    def add(self, blocks: _Blocks, length: int, known: int) -> int:
+        """A row for a sequence of ``length`` tokens in ``blocks``, of which the first ``known`` are found."""
         if not self._free:
             self._add_rows()
         self.widen(len(blocks))
@@ -78,6 +80,7 @@ class SequenceRows:
         self._tables[row, : len(blocks)] = blocks
         self.num_blocks[row] = len(blocks)
         self.lengths[row] = length
+        self.known[row] = known
         return row
 
     def remove(self, row: int) -> _Blocks:
@@ -143,9 +146,10 @@ class SequenceRows:
         writers = np.flatnonzero((new.starts % self._block_size != 0) & (new.counts > 0))
         return writers, new.starts[writers] // self._block_size
 
-    def filled(self, new: NewTokens, ends: _Ints) -> Iterator[tuple[int, int | None, list[int], list[bytes]]]:
+    def filled(self, new: NewTokens, ends: _Ints) -> Iterator[tuple[int, int, _Blocks, bytes]]:
         """Keep the tokens of blocks that are begun once the rows have grown to ``ends``, and yield those of blocks that
-        are full then: whose, as a place in ``new.rows``, the block before them, the blocks, and the tokens of each."""
+        are full then, which count as known: whose, as a place in ``new.rows``, the column of the first, the blocks, and
+        all of their tokens."""
         size = self._block_size
         columns, full = new.starts // size, ends // size
         # The tokens that go on where a block was begun, of all rows at once: in a decode step these are all.
@@ -153,23 +157,19 @@ class SequenceRows:
         self._tails[new.rows[new.index[inside]], new.positions[inside] % size] = new.tokens[inside]
 
         filling = np.flatnonzero(full > columns)
-        rows, columns, full = new.rows[filling], columns[filling], full[filling]
-        blocks = self._tables[rows, columns].tolist()
-        before = self._tables[rows, columns - 1].tolist()  # of column 0, anything
-        chunks = self.chunks(self._tails[rows].ravel())
-        goes_on = (ends[filling] > (columns + 1) * size).tolist()
-        for j, i in enumerate(filling.tolist()):
-            column = int(columns[j])
-            more_blocks: list[int] = []
-            more_chunks: list[bytes] = []
-            if goes_on[j]:
+        rows = new.rows[filling]
+        self.known[rows] = full[filling]
+        goes_on = (ends > (columns + 1) * size)[filling].tolist()
+        places = zip(filling.tolist(), rows.tolist(), columns[filling].tolist(), full[filling].tolist(), strict=True)
+        for (i, row, column, end), more in zip(places, goes_on, strict=True):
+            tokens = self._tails[row].tobytes()
+            if more:
                 first = new.first[i] - new.starts[i]  # where position 0 of the row would be among the tokens
                 rest = new.tokens[first + (column + 1) * size : first + ends[i]]
-                more_blocks = self._tables[rows[j], column + 1 : full[j]].tolist()
-                whole = len(more_blocks) * size
-                more_chunks = self.chunks(rest[:whole])
-                self._tails[rows[j], : len(rest) - whole] = rest[whole:]
-            yield i, before[j] if column else None, [blocks[j], *more_blocks], [chunks[j], *more_chunks]
+                whole = (end - column - 1) * size
+                tokens += rest[:whole].tobytes()
+                self._tails[row, : len(rest) - whole] = rest[whole:]
+            yield i, column, self._tables[row, column:end], tokens
 
     def begin(self, row: int, tail: npt.NDArray[np.int32]) -> None:
         """Say what tokens are in the row's last block: ``[block_size]``, of which the first ones count."""
@@ -179,10 +179,6 @@ class SequenceRows:
         """What :meth:`begin` said, or :meth:`filled` kept."""
         tail: npt.NDArray[np.int32] = self._tails[row]
         return tail
-
-    def chunks(self, tokens: npt.NDArray[np.int32]) -> list[bytes]:
-        """Tokens that fill blocks, as the bytes of each block."""
-        return tokens.view(f"V{tokens.itemsize * self._block_size}").tolist() if len(tokens) else []
 
     def widen(self, max_blocks: int) -> None:
         """Give all tables at least ``max_blocks`` columns."""
@@ -194,9 +190,9 @@ class SequenceRows:
         had, width = self._tables.shape
         more = max(8, had)
         self._resize(had + more, width)
-        self.lengths, self.num_blocks, self.is_open, self._tails = (
+        self.lengths, self.num_blocks, self.known, self.is_open, self._tails = (
             np.concatenate([rows, np.zeros((more, *rows.shape[1:]), rows.dtype)])
-            for rows in (self.lengths, self.num_blocks, self.is_open, self._tails)
+            for rows in (self.lengths, self.num_blocks, self.known, self.is_open, self._tails)
         )
         self._free = list(range(had, had + more))[::-1]
 

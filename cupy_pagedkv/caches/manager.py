@@ -49,7 +49,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bookkeeping.arguments import at_least
-from ..bookkeeping.pool import BlockPool, Node, Salt
+from ..bookkeeping.pool import BlockPool, Run, Salt
 from ..bookkeeping.rows import NewTokens, SequenceRows
 from ..devices.backend import backend_of
 from .batch import Batch, BatchBuffers
@@ -178,9 +178,8 @@ class KVCacheManager:
             raise TypeError(f"salt must be a str, bytes, an int or None, got {type(salt).__name__}")
         root = self._pool.root(salt)
         findable = max(0, len(prompt) - 1) // self._block_size * self._block_size if self._prefix_caching else 0
-        found = self._pool.find(root, self._rows.chunks(prompt[:findable]))
-        blocks = np.fromiter(found, np.int32, len(found))
-        sequence = self._new_sequence(root, blocks, len(blocks) * self._block_size, prompt)
+        run, blocks = self._pool.find(root, prompt[:findable].tobytes())
+        sequence = self._new_sequence(run, blocks, len(blocks) * self._block_size, len(blocks), prompt)
         self._uncounted.add(sequence)
         return sequence
 
@@ -218,7 +217,7 @@ class KVCacheManager:
         writers, begun_columns = self._rows.begun(new)
         begun = self._rows.blocks_at(in_rows[writers], begun_columns)
         copying = self._pool.writers_that_copy(begun)
-        copied, written = begun[copying], np.delete(begun, copying) if copying else begun
+        copied = begun[copying]
         taken = self._pool.take(len(owners) + len(copied))
         try:
             self._rows.widen(max_blocks)
@@ -242,7 +241,10 @@ class KVCacheManager:
         self._rows.put(new, owners, columns, taken)
         for i in range(len(copied)):
             self._pool.release(copied[i : i + 1])  # one by one: two may have copied one block
-        self._pool.forget(written.tolist())  # their only owner is about to write to them
+        for i in np.flatnonzero(self._rows.known[in_rows[writers]] > begun_columns).tolist():  # truncated within it
+            self._rows.known[in_rows[writers[i]]] = begun_columns[i]
+            if i not in copying:  # its only owner is about to write to it
+                self._pool.forget(sequences[writers[i]]._run, int(begun_columns[i]), int(begun[i]))
         self._copies += len(copied)
         batch = Batch(self, sequences, new, arrays)
         self._batches.add(batch)
@@ -290,11 +292,12 @@ class KVCacheManager:
         Raises ``ValueError`` for a sequence that is freed already, of another manager, or in an open batch.
         """
         row = self._row_of(sequence)
-        self._pool.release(self._rows.remove(row))
+        known = int(self._rows.known[row])
+        self._pool.release(self._rows.remove(row), 0, sequence._run, known)
         self._sequences.remove(sequence)
         self._uncounted.discard(sequence)
         sequence._manager = None
-        del sequence._root, sequence._prompt  # and with the root a salt that nobody uses any more
+        del sequence._run, sequence._prompt  # and with the root a salt that nobody uses any more
 
     def buffers(self, num_seqs: int, num_tokens: int, max_blocks: int) -> BatchBuffers:
         """Arrays on the cache's device for all batches of at most so many sequences, new tokens in all, and blocks of
@@ -342,6 +345,7 @@ class KVCacheManager:
         """Raise ``RuntimeError`` unless all adds up: free + live + cached blocks are the pool, each live block is in as
         many tables as it counts owners, and what is found is where it is said to be. Walks the whole pool."""
         owners = np.zeros(self._pool.num_blocks, np.int64)
+        prefixes = []
         for sequence in self._sequences:
             row = sequence._row
             blocks, length = self._rows.blocks(row), int(self._rows.lengths[row])
@@ -349,16 +353,16 @@ class KVCacheManager:
             if len(blocks) < needed or (len(blocks) > needed and not self._rows.is_open[row]):
                 raise RuntimeError(f"a sequence of {length} tokens has {len(blocks)} blocks, and should have {needed}")
             owners[blocks] += 1
-        self._pool.check(owners)
+            prefixes.append((sequence._run, blocks[: self._rows.known[row]]))
+        self._pool.check(owners, prefixes)
         free = self._rows.free
         if sorted([*free, *(sequence._row for sequence in self._sequences)]) != list(range(len(self._rows))):
             raise RuntimeError(f"{len(free)} free and {len(self._sequences)} used rows are not all rows")
 
     def _fork(self, sequence: CachedSequence) -> CachedSequence:
         row = self._row_of(sequence)
-        fork = self._new_sequence(
-            sequence._root, self._rows.blocks(row), int(self._rows.lengths[row]), sequence._prompt
-        )
+        length, known = int(self._rows.lengths[row]), int(self._rows.known[row])
+        fork = self._new_sequence(sequence._run, self._rows.blocks(row), length, known, sequence._prompt)
         self._rows.begin(fork._row, self._rows.tail(row))
         return fork
 
@@ -368,12 +372,14 @@ class KVCacheManager:
         if at_least(0, "num_tokens", num_tokens) > length:
             raise ValueError(f"cannot truncate to {num_tokens} tokens: the sequence has {length}")
         last, offset = divmod(num_tokens, self._block_size)
-        if offset and last < length // self._block_size and self._prefix_caching:
-            # A full block becomes the last one and is not full any more; its tokens are in the trie.
-            [block] = self._rows.blocks_at(np.array([row]), np.array([last])).tolist()
-            self._rows.begin(row, np.frombuffer(self._pool.node_of(block).chunk, np.int32))
+        known = int(self._rows.known[row])
+        if offset and last < known:  # a full block becomes the last one and is not full any more
+            self._rows.begin(row, self._pool.tokens_at(sequence._run, last))
         self._rows.lengths[row] = num_tokens
-        self._pool.release(self._rows.shrink(row))
+        let_go = self._rows.shrink(row)
+        needed = int(self._rows.num_blocks[row])
+        self._rows.known[row] = min(known, needed)
+        self._pool.release(let_go, needed, sequence._run, known)
 
     def _abandon(self, sequence: CachedSequence) -> None:
         """Roll back the batch that it is in, if there is one."""
@@ -381,11 +387,11 @@ class KVCacheManager:
             self.rollback(batch)
 
     def _new_sequence(
-        self, root: Node, blocks: npt.NDArray[np.int32], length: int, prompt: npt.NDArray[np.int32]
+        self, run: Run, blocks: npt.NDArray[np.int32], length: int, known: int, prompt: npt.NDArray[np.int32]
     ) -> CachedSequence:
-        row = self._rows.add(blocks, length)
-        self._pool.share(blocks)
-        sequence = CachedSequence(self, row, root, length, prompt)
+        row = self._rows.add(blocks, length, known)
+        self._pool.share(blocks, run, known)
+        sequence = CachedSequence(self, row, run, length, prompt)
         self._sequences.add(sequence)
         return sequence
 
@@ -451,10 +457,9 @@ class KVCacheManager:
 
     def _remember(self, batch: Batch, ends: _Ints) -> None:
         """Let the blocks that a batch fills be found."""
-        for i, before, blocks, chunks in self._rows.filled(batch._new, ends):
-            node = batch.sequences[i]._root if before is None else self._pool.node_of(before)
-            for block, chunk in zip(blocks, chunks, strict=True):
-                node = self._pool.remember(block, node, chunk)
+        for i, column, blocks, tokens in self._rows.filled(batch._new, ends):
+            sequence = batch.sequences[i]
+            sequence._run = self._pool.remember(sequence._run, column, blocks, tokens)
 
     def _close(self, batch: Batch, end: str) -> None:
         in_rows = batch._new.rows

@@ -6,7 +6,7 @@ from typing import NoReturn, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..bookkeeping.pool import Node
+from ..bookkeeping.pool import Run
 from ..bookkeeping.rows import SequenceRows
 
 __all__ = ["CachedSequence"]
@@ -29,12 +29,12 @@ class CachedSequence:
     As a context manager it is freed at the end, and an exception rolls back the batch that it is in.
     """
 
-    __slots__ = ("__weakref__", "_manager", "_num_cached", "_prompt", "_root", "_row")
+    __slots__ = ("__weakref__", "_manager", "_num_cached", "_prompt", "_row", "_run")
 
-    def __init__(self, manager: Manager, row: int, root: Node, num_cached: int, prompt: npt.NDArray[np.int32]) -> None:
+    def __init__(self, manager: Manager, row: int, run: Run, num_cached: int, prompt: npt.NDArray[np.int32]) -> None:
         self._manager: Manager | None = manager
         self._row = row
-        self._root = root
+        self._run = run  # where its known blocks end
         self._num_cached = num_cached
         self._prompt = prompt
 

@@ -1,0 +1,89 @@
+"""A long random history of a manager beside the model, in which runs of blocks split, join and lose their tails."""
+
+import os
+from collections import Counter
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pytest
+from served import Served, runs_of
+
+from cupy_pagedkv import OutOfBlocksError
+
+STEPS = int(os.environ.get("CUPY_PAGEDKV_HISTORY", "20000"))
+"""Calls of each history; a million of them were run once."""
+
+
+class Host:
+    """NumPy's device alone: the manager's work is the host's."""
+
+    name = of_caches = "cpu"
+    xp = np
+    numpy = array = staticmethod(np.asarray)
+
+
+class Seldom(Served):
+    """Compares all K and V now and then; the manager's sums, and what would be evicted in which order, each time."""
+
+    calls = 0
+
+    def check(self) -> None:
+        self.calls += 1
+        if self.calls % 100 == 0:
+            super().check()
+        elif self.calls % 10 == 0:
+            self.manager.check_integrity()
+        pool = self.manager._pool
+        assert [block for run in pool._line for block in reversed(run.blocks)] == self.findable.cached
+        assert pool.evictions == self.findable.evictions
+
+    def state(self) -> Any:
+        return self.manager.stats(), self.manager._pool._owners.tobytes()
+
+
+@pytest.mark.parametrize(("block_size", "num_blocks"), [(1, 40), (3, 60), (4, 200)])
+def test_a_long_history(rng, block_size, num_blocks):
+    served = Seldom(Host(), num_blocks, block_size)
+    happened: Counter[str] = Counter()
+    runs = 0
+    room = num_blocks * block_size
+    for _ in range(STEPS):
+        idle = [s for s in served.expected if not any(s in new for new in served.open.values())]
+        some = idle[rng.integers(len(idle))] if idle else None
+        match rng.integers(12):
+            case 0 | 1 | 2 if len(served.expected) < 8:
+                # Prompts that begin alike, and part at any token: of two or three numbers, mostly 0.
+                tokens = (rng.random(rng.integers(1, room // 4)) < 0.03) * rng.integers(1, 3)
+                sequence = served.add(tokens.tolist(), "a" if rng.random() < 0.1 else None)
+                with suppress(OutOfBlocksError):
+                    served.append(sequence, tokens[sequence.num_cached_tokens :].tolist())
+                happened["hits"] += sequence.num_cached_tokens > 0
+            case 3 | 4 if idle:
+                chosen = {idle[i]: rng.integers(0, 2, rng.integers(0, 2 * block_size + 2)).tolist()
+                          for i in rng.permutation(len(idle))[: rng.integers(1, 4)]}  # fmt: skip
+                with suppress(OutOfBlocksError):
+                    served.prepare(chosen)
+            case 5 | 6 if served.open:
+                batch = list(served.open)[rng.integers(len(served.open))]
+                new = served.open[batch]
+                served.commit(batch, {s: int(rng.integers(len(t) + 1)) for s, t in new.items() if rng.random() < 0.5})
+            case 7 if served.open:
+                served.rollback(list(served.open)[rng.integers(len(served.open))])
+            case 8 if idle and len(served.expected) < 8:
+                served.fork(some)
+            case 9 if idle:
+                served.truncate(some, int(rng.integers(some.num_tokens + 1)))
+            case 10 | 11 if idle:
+                served.free(some)
+            case _ if rng.random() < 0.001 and not served.manager.stats().live_blocks:
+                served.reset_prefix_cache()
+        happened["twins"] += bool(served.manager._pool._twins)
+        before, runs = runs, len(runs_of(served.manager._pool))
+        happened["more runs"] += runs > before
+        happened["fewer runs"] += runs < before
+        happened["long runs"] += any(len(run.blocks) > 8 for run in served.manager._pool._line)
+    Served.check(served)
+    stats = served.manager.stats()
+    happened.update(evictions=stats.evictions, copies=stats.copies or (block_size == 1 and STEPS))
+    assert min(happened.values()) > STEPS // 1000, happened
