@@ -1,6 +1,9 @@
 """The host's work for many sequences: the manager, against what one would write without it."""
 
+import gc
 import time
+import tracemalloc
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +30,8 @@ class Chore:
     seconds: dict[str, float]
     at_least: dict[str, float]
     """How many times as fast as others the manager sets itself to be."""
+    note: str = ""
+    """What else was measured."""
 
     def ratio_to(self, name: str) -> float:
         return self.seconds[name] / self.seconds[OURS]
@@ -128,9 +133,82 @@ def add_chore(as_list: bool, rounds: int) -> Chore:
             hashes.append(h.intdigest())
         return time.perf_counter() - start
 
-    calls = {OURS: ours} if xxhash is None else {OURS: ours, "xxhash": hashed}
+    same = prompt.copy()
+
+    def floor() -> float:
+        """To read the tokens, and to compare them."""
+        start = time.perf_counter()
+        if as_list:
+            array("i", tokens)
+        else:
+            np.array(tokens, np.int32)
+            np.array_equal(tokens, same)
+        return time.perf_counter() - start
+
+    name = "array('i', tokens)" if as_list else "comparing arrays"
+    calls = {OURS: ours, name: floor} if xxhash is None else {OURS: ours, name: floor, "xxhash": hashed}
     label = f"add, 16,384 tokens that hit, {'a list' if as_list else 'an array'}"
-    return Chore(label, in_turns(calls, rounds), {"xxhash": 2.0 if as_list else 4.0})
+    at_least = {name: 1 / 1.5 if as_list else 1 / 6, "xxhash": 2.0 if as_list else 4.0}
+    return Chore(label, in_turns(calls, rounds), at_least)
+
+
+def admission_chore(length: int, rounds: int) -> Chore:
+    """A prompt of 16,384 tokens, none of which is found, takes the place of old prompts of ``length``."""
+    rng = np.random.default_rng(0)
+    blocks = length // BLOCK_SIZE
+    manager = a_manager(40 * 1024 // blocks * blocks)
+    fill(manager, length, rng)
+
+    def ours() -> float:
+        tokens = rng.integers(0, 100_000, 16_384)
+        before = manager.stats().evictions
+        *seconds, _ = come_and_go(manager, tokens)
+        if manager.stats().evictions != before + 1024:
+            raise SystemExit(f"admission: {manager.stats().evictions - before} blocks were evicted")
+        return sum(seconds)
+
+    seconds = in_turns({OURS: ours}, min(rounds, 30))  # while there are old prompts
+    return Chore(f"16,384 new tokens, evicts prompts of {length:,} tokens", seconds, {})
+
+
+def come_and_go(manager: KVCacheManager, tokens: np.ndarray) -> tuple[float, float, float, float]:
+    """The seconds of each call that a prompt takes."""
+    start = time.perf_counter()
+    sequence = manager.add(tokens)
+    added = time.perf_counter()
+    batch = manager.prepare({sequence: sequence.remaining})
+    prepared = time.perf_counter()
+    manager.commit(batch)
+    committed = time.perf_counter()
+    manager.free(sequence)
+    return added - start, prepared - added, committed - prepared, time.perf_counter() - committed
+
+
+def fill(manager: KVCacheManager, length: int, rng: np.random.Generator) -> None:
+    """Prompts come and go until all blocks are cached, or nearly."""
+    for _ in range(manager.num_available_blocks // (length // BLOCK_SIZE)):
+        come_and_go(manager, rng.integers(0, 100_000, length))
+
+
+def pauses_chore(length: int, num_blocks: int, rounds: int) -> Chore:
+    """The longest call in a pool full of cached prompts, with the garbage collector off; and the host's memory."""
+    rng = np.random.default_rng(0)
+    cache = LayeredPagedKVCache(1, num_blocks, BLOCK_SIZE, 1, 1, "uint8", "cpu")
+    gc.disable()
+    tracemalloc.start()
+    try:
+        manager = KVCacheManager(cache)
+        fill(manager, length, rng)
+        bytes_a_block = tracemalloc.get_traced_memory()[0] / manager.stats().cached_blocks
+        tracemalloc.stop()
+        new = (rng.integers(0, 100_000, 16_384) for _ in range(rounds))
+        calls = [seconds for tokens in new for seconds in come_and_go(manager, tokens)]
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    middle, most = np.percentile(calls, (50, 99.9)).tolist()
+    note = f"99.9% {most * 1e6:.0f}, longest {max(calls) * 1e6:.0f} µs; {bytes_a_block:.0f} bytes a cached block"
+    return Chore(f"any call, {num_blocks:,} blocks cached, {length:,} tokens each", {OURS: middle}, {}, note)
 
 
 def size_chore(rounds: int, sizes: tuple[int, int] = (1000, 1_000_000)) -> Chore:
@@ -139,12 +217,9 @@ def size_chore(rounds: int, sizes: tuple[int, int] = (1000, 1_000_000)) -> Chore
     def in_pool(num_blocks: int) -> Callable[[], float]:
         rng = np.random.default_rng(0)
         manager = a_manager(num_blocks)
-        for _ in range(0, num_blocks, 1000):
-            tokens = rng.integers(0, 100_000, 1000 * BLOCK_SIZE)
-            with manager.add(tokens) as sequence:
-                manager.commit(manager.prepare({sequence: tokens}))
+        fill(manager, 1000 * BLOCK_SIZE, rng)
 
-        def come_and_go() -> float:
+        def a_prompt() -> float:
             tokens = rng.integers(0, 100_000, 400)
             start = time.perf_counter()
             with manager.add(tokens) as sequence:
@@ -153,7 +228,7 @@ def size_chore(rounds: int, sizes: tuple[int, int] = (1000, 1_000_000)) -> Chore
                     manager.commit(manager.prepare({sequence: [1]}))
             return time.perf_counter() - start
 
-        return come_and_go
+        return a_prompt
 
     small, large = sizes
     seconds = in_turns({OURS: in_pool(large), f"{small:,} blocks": in_pool(small)}, rounds)
@@ -242,7 +317,12 @@ def chores(quick: bool) -> Iterator[Chore]:
     yield decode_chore(rounds)
     yield add_chore(False, rounds)
     yield add_chore(True, rounds)
-    yield size_chore(rounds, (1000, 20_000 if quick else 1_000_000))
+    yield admission_chore(16_384, rounds)
+    yield admission_chore(400, rounds)
+    large = 20_000 if quick else 1_000_000
+    for length in (16_384, 400, 17):
+        yield pauses_chore(length, large, rounds)
+    yield size_chore(rounds, (1000, large))
     yield fork_chore(rounds)
     yield truncate_chore(rounds)
     yield eviction_chore(rounds // 5)

@@ -37,6 +37,8 @@ def chore_lines(measured: Iterable[Chore]) -> Iterator[str]:
         cells = [f"{name} {chore.ratio_to(name):.2f}" for name in chore.seconds if name != OURS]
         if chore.at_least and not cells:
             cells = ["nothing that is installed"]
+        if chore.note:
+            cells.append(chore.note)
         yield f"{chore.label:<58}{chore.seconds[OURS] * 1e6:>9.1f}   {', '.join(cells)}".rstrip()
 
 

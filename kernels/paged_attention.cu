@@ -563,8 +563,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_attention(
                 Sum& sum = sums.of[r][half];
                 Sum& so_far = shared.united[warp()][Sums::row(r, half)];
                 const United both = unite(so_far, sum);
-                const long long place = (slot * num_tokens + row.token) * num_heads + row.head;
-                float* of_row = scratch && row.token >= 0 ? scratch + place * (V_DIM + 2) : nullptr;
+                float* of_row = nullptr;
+                if (scratch) of_row = scratch + ((slot * num_tokens + row.token) * num_heads + row.head) * (V_DIM + 2);
 #pragma unroll
                 for (int n = 0; n < VALUE_TILES; ++n) {
                     const int column = part + 8 * (warp() * VALUE_TILES + n) + Accumulator::column(0);
@@ -572,15 +572,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_attention(
                     if (!scratch) {
                         united_o[r][n].x[2 * half] = both.values(united_o[r][n].x[2 * half], low);
                         united_o[r][n].x[2 * half + 1] = both.values(united_o[r][n].x[2 * half + 1], high);
-                    } else if (of_row && column + 1 < V_DIM && V_DIM % 2 == 0) {
+                    } else if (row.token >= 0 && column + 1 < V_DIM && V_DIM % 2 == 0) {
                         *(float2*)(of_row + 2 + column) = make_float2(low, high);
-                    } else if (of_row) {
+                    } else if (row.token >= 0) {
                         if (column < V_DIM) of_row[2 + column] = low;
                         if (column + 1 < V_DIM) of_row[2 + column + 1] = high;
                     }
                     low = high = 0;
                 }
-                if (of_row && part == 0 && warp() == 0 && lane() % 4 == 0) {
+                if (scratch && row.token >= 0 && part == 0 && warp() == 0 && lane() % 4 == 0) {
                     of_row[0] = sum.most;
                     of_row[1] = sum.total;
                 }

@@ -220,15 +220,19 @@ def test_the_manager_alone(tmp_path):
     pytest.importorskip("xxhash", reason="xxhash is not installed, which the manager is compared with")
     text = run("manager", "--quick", f"--json={tmp_path / 'out.json'}", "--device=cpu")
     [at] = [i for i, line in enumerate(text.splitlines()) if line.startswith("many sequences")]
-    lines = text.splitlines()[at + 1 : at + 8]
-    assert [line.split()[0] for line in lines] == ["prepare", "add,", "add,", "a", "fork", "8", "a"]
-    assert [line.split()[-2] for line in lines[:4]] == ["loop", "xxhash", "xxhash", "blocks"]
-    assert [line.split()[-2] for line in lines[6:]] == ["hit"]
-    assert sum(line.startswith(("met", "MISSED")) for line in text.splitlines()) == 4
+    lines = text.splitlines()[at + 1 : at + 13]
+    firsts = ["prepare", "add,", "add,", "16,384", "16,384", "any", "any", "any", "a", "fork", "8", "a"]
+    assert [line.split()[0] for line in lines] == firsts
+    assert [line.split()[-2] for line in lines[:3]] == ["loop", "xxhash", "xxhash"]
+    assert [line.split()[-2] for line in (lines[8], lines[11])] == ["blocks", "hit"]
+    bytes_a_block = [int(line.split()[-5]) for line in lines[5:8]]
+    assert 64 < bytes_a_block[0] < bytes_a_block[1] < bytes_a_block[2]
+    assert sum(line.startswith(("met", "MISSED")) for line in text.splitlines()) == 6
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["rows"] == []
     for chore in report["manager"]:
-        assert len(chore["seconds"]) == (1 if chore["label"].startswith(("fork", "8 tokens")) else 2)
+        alone = chore["label"].startswith(("fork", "8 tokens", "16,384", "any call"))
+        assert len(chore["seconds"]) == (1 if alone else 3 if chore["label"].startswith("add") else 2)
         assert all(0 < seconds < 1 for seconds in chore["seconds"].values())
 
 
@@ -275,6 +279,14 @@ def test_a_step_that_does_not_evict_behind_the_hit_is_found(monkeypatch):
     monkeypatch.setattr(chores, "a_manager", lambda num_blocks: usual(num_blocks + 10))
     with pytest.raises(SystemExit, match=r"eviction: a hit of \d+ tokens, 0 evictions"):
         chores.eviction_chore(3)
+
+
+def test_an_admission_that_does_not_evict_is_found(monkeypatch):
+    assert chores.admission_chore(16_384, 3).seconds.keys() == {"cupy_pagedkv"}
+    usual = chores.a_manager
+    monkeypatch.setattr(chores, "a_manager", lambda num_blocks: usual(num_blocks + 10))
+    with pytest.raises(SystemExit, match=r"admission: 1014 blocks were evicted"):
+        chores.admission_chore(16_384, 3)
 
 
 def test_rows_that_do_not_exist_are_refused():

@@ -319,13 +319,16 @@ def test_an_interrupt_leaves_nobody_writing():
 import os, signal, threading, time
 import cupy_pagedkv.devices.threads as threads
 os.sched_getaffinity = lambda pid: range(3)
-begun, ended = threading.Barrier(3), []
+begun, asked, ended = threading.Barrier(3), [], []
 def job():
     begun.wait()
     if threading.current_thread() is not threading.main_thread():
+        time.sleep(0.3)  # until the main thread waits
+        if not asked:
+            asked.append(1)
+            os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
         ended.append(1)
-threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
     threads.run([job] * 3 + [lambda: None], 10**9)
 except KeyboardInterrupt:
