@@ -370,9 +370,11 @@ def test_what_a_preempted_request_finds_again():
     report = replay(requests, on_progress=finished.append, **{**SMALL, "num_blocks": 6})
     assert finished == [0, 0, 0, 0, 0, 0, 1, 0, 1]
     assert (report.steps, report.preemptions) == (8, 1)
-    assert (report.tokens_saved, report.recomputed_tokens, report.hit_rate) == (4 + 8, 4, 12 / 28)
+    assert (report.hits, report.tokens_saved, report.hit_rate) == (1, 4, 4 / 16)
+    assert (report.tokens_found_again, report.recomputed_tokens) == (8, 4)
     report = replay([Request(0, 4, 12), Request(0, 3, 12)], **{**SMALL, "num_blocks": 6})  # nothing but its own
-    assert (report.preemptions, report.tokens_saved, report.recomputed_tokens, report.hit_rate) == (1, 8, 3, 8 / 18)
+    assert (report.preemptions, report.tokens_found_again, report.recomputed_tokens) == (1, 8, 3)
+    assert (report.hits, report.tokens_saved, report.hit_rate) == (0, 0, 0)
 
 
 def test_shared_blocks_are_counted_once():

@@ -77,7 +77,8 @@ class KVCacheStats:
     """That no sequence owns, but that are found by their tokens until they are needed."""
     num_sequences: int
     prompts: int
-    """Sequences that came by ``add``, counted when the first new token of each is committed."""
+    """Sequences that came by ``add``, counted when the first new token of each is committed; one that was preempted,
+    freed and added again counts again, and finds its own blocks."""
     hits: int
     """Those of them that shared a block."""
     prompt_tokens: int

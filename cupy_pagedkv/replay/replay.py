@@ -202,6 +202,7 @@ class _Replay:
         self.step_time, self.step_time_per_token = step_time, step_time_per_token
         self.now = 0.0  # simulated seconds
         self.computed = 0  # tokens in this step
+        self.prompt_tokens = 0  # of all requests that were admitted
         self.arrivals = sorted(sequence.arrival for sequence in sequences)
         self.queue: list[int] = []  # its length, at each step
         self.first_tokens: list[float] = []  # seconds from arrival on, of each request that has one
@@ -267,7 +268,13 @@ class _Replay:
             self._free(sequence)
             return False
         self._compute([sequence], [sequence.known])
-        self.report.recomputed_tokens += max(0, sequence.computed - num_cached)
+        if sequence.computed:  # its own blocks, mostly, which say nothing of what prompts share
+            self.report.recomputed_tokens += max(0, sequence.computed - num_cached)
+            self.report.tokens_found_again += num_cached
+        else:
+            self.report.hits += num_cached > 0
+            self.report.tokens_saved += num_cached
+            self.prompt_tokens += sequence.known
         return True
 
     def _preempt_youngest(self) -> None:
@@ -357,8 +364,8 @@ class _Replay:
     def last_step(self) -> Step:
         stats = self.manager.stats()
         return Step(
-            self.now, stats.live_blocks, stats.cached_blocks, len(self.running), self.queue[-1], stats.prompt_tokens,
-            stats.tokens_saved,
+            self.now, stats.live_blocks, stats.cached_blocks, len(self.running), self.queue[-1], self.prompt_tokens,
+            self.report.tokens_saved,
         )  # fmt: skip
 
     def finished_report(self, has_clock: bool) -> Report:
@@ -378,6 +385,6 @@ class _Replay:
         self.report.pool_share_contiguous = held_in_room / max(1, pool)
         self.report.taken_share = held / max(1, taken)
         self.report.taken_share_contiguous = held_in_buffers / max(1, taken_by_buffers)
-        for name in ("hits", "tokens_saved", "hit_rate", "evictions", "copies"):
-            setattr(self.report, name, getattr(stats, name))
+        self.report.hit_rate = self.report.tokens_saved / max(1, self.prompt_tokens)
+        self.report.evictions, self.report.copies = stats.evictions, stats.copies
         return self.report

@@ -17,7 +17,7 @@ class Step(NamedTuple):
     waiting: int
     """Requests that have arrived and do not run; without a clock all of them have arrived."""
     prompt_tokens: int
-    """Of all prompts so far."""
+    """Of all prompts so far, each counted once."""
     tokens_saved: int
     """Those of them that were in the pool."""
 
@@ -38,13 +38,16 @@ class Report:
     steps: int = 0
     preemptions: int = 0
     recomputed_tokens: int = 0
+    """Tokens that were in the cache before a preemption, and were not found after it."""
+    tokens_found_again: int = 0
+    """Those that were, when the request was admitted again."""
     prefix_caching: bool = True
     hits: int = 0
-    """Admissions that found a part of the prompt in the pool."""
+    """Requests that found a part of their prompt in the pool when they were first admitted."""
     tokens_saved: int = 0
     """Tokens of these parts."""
     hit_rate: float = 0.0
-    """The share of all tokens of admissions that they are."""
+    """The share of all prompts' tokens that they are."""
     evictions: int = 0
     copies: int = 0
     peak_blocks: int = 0
@@ -109,7 +112,8 @@ def as_text(trace: str, report: Report) -> str:
         "requests": f"{report.requests:,} completed, {report.skipped:,} skipped",
         "tokens": f"{report.tokens_in:,} in, {report.tokens_out:,} out",
         "steps": f"{report.steps:,}, at most {report.peak_running:,} requests running",
-        "preemptions": f"{report.preemptions:,}, {report.recomputed_tokens:,} tokens recomputed",
+        "preemptions": f"{report.preemptions:,}, {report.recomputed_tokens:,} tokens recomputed, "
+        f"{report.tokens_found_again:,} found again",
         "prefix cache": _prefix_cache(report),
         "pool": f"{report.num_blocks:,} blocks of {report.block_size} tokens, {_bytes(report.pool_bytes)}",
         "peak blocks": f"{report.peak_blocks:,} ({report.peak_blocks / report.num_blocks:.1%} of the pool)",
