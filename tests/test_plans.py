@@ -8,10 +8,10 @@ import oracle
 import pytest
 
 from cupy_pagedkv import copy_blocks, gather_cache, paged_attention, reshape_and_cache
-from cupy_pagedkv.devices.cuda_attention import shape_of
+from cupy_pagedkv.devices.cuda_attention import shape_of, spread_of
 from cupy_pagedkv.devices.cuda_backend import _block_runs, _runs
 from cupy_pagedkv.devices.emulated_backend import EmulatedBackend
-from cupy_pagedkv.devices.layout import AttentionLayout, Form, Pools, attention_layout_of
+from cupy_pagedkv.devices.layout import UNBOUNDED, AttentionLayout, Form, Pools, Scoring, attention_layout_of
 from cupy_pagedkv.emulator import emulate
 from cupy_pagedkv.emulator.architectures import ARCHITECTURES
 
@@ -155,3 +155,14 @@ def test_a_query_that_shared_memory_has_no_room_for(kernel_device):
     paged_attention(query, pool, pool, [[0]], [1])
     with emulate(arch=75), pytest.raises(ValueError, match="2000 needs 132736 bytes .* has at most 65536 here"):
         paged_attention(query, pool, pool, [[0]], [1])
+
+
+def test_scratch_of_long_tables_serves_a_window():
+    """Sums of all splits would be more than are kept; those of a window's splits are not."""
+    layout = attention_of(np.float16, 64, 64, num_tokens=64)
+    shape = shape_of(layout, False, False, 16, False, 90, ARCHITECTURES[90].shared_memory_of_block)
+    long_tables = (64, 2**24 // 16, False, 132)
+    windowed = spread_of(layout, shape, Scoring(0.125, 0.0, 4096, 0), *long_tables)
+    assert (windowed.splits, windowed.grid[2]) == (18, 17)
+    assert 0 < windowed.scratch <= spread_of(layout, shape, None, *long_tables).scratch == 2**26
+    assert spread_of(layout, shape, Scoring(0.125, 0.0, UNBOUNDED, 0), *long_tables).scratch == 0

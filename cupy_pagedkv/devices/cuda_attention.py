@@ -95,6 +95,8 @@ def spread_of(
     if scoring is not None:  # a tile's rows see no more than its tokens' windows
         splits = min(splits, (scoring.left + scoring.right + shape.rows // group + 1) // _SPLIT + 2)
     scratch = splits * num_tokens * layout.query.shape[1] * (layout.result.shape[2] + 2)
+    if scoring is None:  # where all splits are too many, a window's may be few enough
+        scratch = min(scratch, _MOST_SCRATCH)
     # Few rows wait for memory, and many blocks hide that; many rows compute, and what is kept would cost more.
     wanted = processors * (16 if shape.rows == 16 else 1)
     z = min(splits, -(-wanted // max(1, tiles * heads)), 65535)
