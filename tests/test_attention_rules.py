@@ -45,12 +45,12 @@ def test_the_scene_itself_is_fine(device, rng):
 
 def test_things_that_are_no_arrays(good):
     for name in ("query", "k_cache", "v_cache"):
-        refused(good, TypeError, f"{name} must be a NumPy or CuPy array, got list", **{name: [1.0]})
-        refused(good, TypeError, f"{name} must be a NumPy or CuPy array, got NoneType", **{name: None})
+        refused(good, TypeError, f"{name} must be a NumPy or CuPy array, or speak DLPack, got list", **{name: [1.0]})
+        refused(good, TypeError, f"{name} must be a NumPy or CuPy array, or speak DLPack, got NoneType", **{name: None})
     buffers = good[1]["out"]
-    refused(good, TypeError, "out must be a NumPy or CuPy array, got list", out=[1.0])
-    refused(good, TypeError, "out must be a NumPy or CuPy array, got tuple", out=tuple(buffers))
-    refused(good, TypeError, "out must be a NumPy or CuPy array, got list", out=buffers._replace(out=[1.0]))
+    refused(good, TypeError, "out must be .*, or speak DLPack, got list", out=[1.0])
+    refused(good, TypeError, "out must be .*, or speak DLPack, got tuple", out=tuple(buffers))
+    refused(good, TypeError, "out must be .*, or speak DLPack, got list", out=buffers._replace(out=[1.0]))
     for name in ("lse", "scratch"):
         message = f"{name} must be an array where the others are, got list"
         refused(good, TypeError, message, out=buffers._replace(**{name: [1.0]}))
@@ -412,7 +412,7 @@ def test_merge_refuses_states_that_do_not_agree(device):
     out, lse = xp.zeros((3, 2, 8), np.float16), xp.zeros((3, 2), np.float32)
     good = {"out_a": out, "lse_a": lse, "out_b": out, "lse_b": lse}
     for name in good:
-        with pytest.raises(TypeError, match=f"{name} must be a NumPy or CuPy array, got list"):
+        with pytest.raises(TypeError, match=f"{name} must be a NumPy or CuPy array, or speak DLPack, got list"):
             merge_attention_states(**{**good, name: [1.0]})
     for spoiled, error, message in (
         ({"out_a": out[0]}, ValueError, r"out_a must be \[num_tokens, num_heads, v_head_dim\], got shape \(2, 8\)"),

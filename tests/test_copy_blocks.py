@@ -157,6 +157,6 @@ def test_what_is_refused(device):
             copy_blocks(k_cache, v_cache, src, dst)
     with pytest.raises(ValueError, match="must agree in all axes but head_dim"):
         copy_blocks(k_cache, v_cache[:5], [0], [1])
-    with pytest.raises(TypeError, match="v_cache must be a NumPy or CuPy array, got list"):
+    with pytest.raises(TypeError, match="v_cache must be a NumPy or CuPy array, or speak DLPack, got list"):
         copy_blocks(k_cache, [1], [0], [1])
     assert not device.numpy(pool).any()

@@ -130,7 +130,7 @@ def test_what_is_refused(device, rng):
         cache.update_all(tokens, tokens[:, :5], SLOTS)
     with pytest.raises(TypeError, match="^keys must have the dtype of k_cache, float16, got float32"):
         cache.update_all(xp.zeros((3, 6, 2, 5), np.float32), tokens, SLOTS)
-    with pytest.raises(TypeError, match="^values must be a NumPy or CuPy array, got list"):
+    with pytest.raises(TypeError, match="^values must be a NumPy or CuPy array, or speak DLPack, got list"):
         cache.update_all(tokens, [], SLOTS)
     with pytest.raises(ValueError, match="slot_mapping must have one entry for each of 6 tokens, got 3"):
         cache.update_all(tokens, tokens, [0, 1, 2])

@@ -11,6 +11,7 @@ from ..bookkeeping.arguments import at_least, block_ids
 from ..bookkeeping.dtypes import as_dtype
 from ..bookkeeping.table import BlockTable
 from ..devices.backend import backend_of, backend_on
+from ..devices.dlpack import arrays_of
 from ..devices.layout import pools_of
 from ..operations.arguments import Array, IndexArray
 from ..operations.attention import AttentionBuffers, paged_attention
@@ -67,13 +68,15 @@ class PagedKVCache:
     @classmethod
     def from_pools(cls, k_cache: Array, v_cache: Array) -> "PagedKVCache":
         """A cache over pools that exist already and are not copied: ``[num_blocks, block_size, num_heads, head_dim]``
-        of any strides with a contiguous last axis, NumPy or CuPy. Raises as :func:`~cupy_pagedkv.gather_cache` does.
+        of any strides with a contiguous last axis; NumPy's, CuPy's or, as views, of what speaks DLPack. Raises as
+        :func:`~cupy_pagedkv.gather_cache` does.
 
         >>> import numpy as np
         >>> hnd = np.zeros((2, 4, 2, 8, 16), np.float16)  # [K and V, num_blocks, num_heads, block_size, head_dim]
         >>> PagedKVCache.from_pools(*hnd.transpose(0, 1, 3, 2, 4)).block_size
         8
         """
+        k_cache, v_cache = arrays_of(("k_cache", "v_cache"), k_cache, v_cache)
         backend_of(("k_cache", "v_cache"), k_cache, v_cache)
         pools_of(k_cache, v_cache)
         if k_cache.ndim != 4:

@@ -52,6 +52,7 @@ from ..bookkeeping.arguments import at_least
 from ..bookkeeping.pool import BlockPool, Run, Salt
 from ..bookkeeping.rows import NewTokens, SequenceRows
 from ..devices.backend import backend_of
+from ..devices.dlpack import array_of
 from .batch import Batch, BatchBuffers
 from .cache import LayeredPagedKVCache
 from .sequence import CachedSequence
@@ -59,7 +60,7 @@ from .sequence import CachedSequence
 __all__ = ["CachedSequence", "KVCacheManager", "KVCacheStats"]
 
 Tokens: TypeAlias = npt.NDArray[np.integer] | Sequence[int]
-"""A NumPy array ``[n]`` of whole numbers, or a list of ints, each from −2³¹ to 2³¹ − 1."""
+"""An array ``[n]`` of whole numbers in host memory, or a list of ints, each from −2³¹ to 2³¹ − 1."""
 
 _Ints: TypeAlias = npt.NDArray[np.int64]
 
@@ -473,6 +474,7 @@ class KVCacheManager:
 
 def _as_tokens(tokens: Any) -> npt.NDArray[np.int32]:
     """Tokens as int32 ``[n]``, in an array of our own: whole numbers that fit."""
+    tokens = array_of("tokens", tokens)
     if isinstance(tokens, np.ndarray):
         if tokens.dtype.kind not in "iu" or tokens.ndim != 1:
             raise TypeError(f"tokens must be whole numbers on one axis, got {tokens.dtype} of shape {tokens.shape}")

@@ -90,7 +90,7 @@ def backend_of(names: tuple[str, ...], *arrays: Any) -> Backend:
 def _no_backend(names: tuple[str, ...], arrays: tuple[Any, ...], cupy_array: Any) -> TypeError:
     for name, array in zip(names, arrays, strict=True):
         if not isinstance(array, (np.ndarray, cupy_array)):
-            return TypeError(f"{name} must be a NumPy or CuPy array, got {type(array).__name__}")
+            return TypeError(f"{name} must be a NumPy or CuPy array, or speak DLPack, got {type(array).__name__}")
     kinds = (f"{name} is {type(array).__module__}.ndarray" for name, array in zip(names, arrays, strict=True))
     return TypeError(f"NumPy and CuPy arrays cannot be mixed in one call: {', '.join(kinds)}; move them to one device")
 

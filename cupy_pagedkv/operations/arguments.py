@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from ..bookkeeping.ranges import ranges
 from ..devices.backend import Backend
+from ..devices.dlpack import array_of
 
 __all__ = [
     "Array",
@@ -24,10 +25,10 @@ __all__ = [
 ]
 
 Array: TypeAlias = Any
-"""A NumPy or CuPy array."""
+"""A NumPy or CuPy array, or one that speaks DLPack, such as PyTorch's."""
 
 IndexArray: TypeAlias = Any
-"""A list, a NumPy array, or an array where the pools are; int32 or int64."""
+"""A list, an array in host memory, or an array where the pools are; int32 or int64."""
 
 _INDEX_DTYPES = frozenset((np.dtype(np.int32), np.dtype(np.int64)))
 
@@ -37,6 +38,7 @@ _WIDE = 2**16  # entries of block tables, to look at which takes as long as to f
 def indices(name: str, values: IndexArray, ndim: int, backend: Backend, pool: Array) -> Array:
     """``values`` as an array of int32 or int64: as it is where the pools are, else a NumPy array."""
     array: Any
+    values = array_of(name, values)
     if isinstance(values, np.ndarray):
         array = np.asarray(values)  # of a masked array all it holds: where a slot is hidden, a token would go astray
     elif isinstance(values, backend.ndarray):

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from ..bookkeeping.arguments import at_least
 from ..devices import backend as devices
 from ..devices.backend import Backend, backend_of
+from ..devices.dlpack import array_of, arrays_of, like
 from ..devices.layout import UNBOUNDED, AttentionLayout, Scoring, attention_layout_of, check_arithmetic
 from .arguments import (
     Array,
@@ -119,6 +120,8 @@ def paged_attention(
     of their size, for host lengths that are negative,
     do not ascend, or are more than the tables or the query hold, and for scalars out of their range.
     """
+    given, given_out = query, out
+    query, k_cache, v_cache = arrays_of(_INPUTS, query, k_cache, v_cache)
     backend = backend_of(_INPUTS, query, k_cache, v_cache)
     layout = attention_layout_of(query, k_cache, v_cache)
     check_aligned(_INPUTS, backend, query, k_cache, v_cache)
@@ -132,11 +135,11 @@ def paged_attention(
     sinks = _of_heads("sinks", sinks, layout, backend, k_cache)
     scratch = None
     if isinstance(out, AttentionBuffers):
-        result, lse, scratch = out
+        result, lse, scratch = arrays_of(("out", "lse", "scratch"), *out)
         _check_float32("lse", lse, layout.result.shape[:2], backend, result)
         _check_float32("scratch", scratch, None, backend, result)
     else:
-        result = out
+        result = array_of("out", out)
         lse = _new_lse(backend, layout, query, padded=ends is not None) if return_lse else None
     if result is None:
         make = backend.empty if ends is None else backend.zeros
@@ -150,7 +153,10 @@ def paged_attention(
             query, k_cache, v_cache, tables, lens, ends, max_seqlen_q, alibi_slopes, sinks, result, lse, scratch,
             scoring, layout,
         )  # fmt: skip
-    return (result, lse) if return_lse else result
+    if isinstance(given_out, AttentionBuffers):
+        return given_out[:2] if return_lse else given_out.out
+    result = like(result, given) if given_out is None else given_out
+    return (result, like(lse, given)) if return_lse else result
 
 
 def attention_buffers(
@@ -168,14 +174,16 @@ def attention_buffers(
     Values are not looked at, only shapes, so that they serve for every batch of these. ``out`` is zeros and ``lse``
     −inf in rows that are never written. Raises as :func:`paged_attention` does.
     """
+    given = query
+    query, k_cache, v_cache = arrays_of(_INPUTS, query, k_cache, v_cache)
     backend = backend_of(_INPUTS, query, k_cache, v_cache)
     layout = attention_layout_of(query, k_cache, v_cache)
     tables = indices("block_tables", block_tables, 2, backend, k_cache)
     floats = backend.attention_scratch(layout, len(tables), tables.shape[1], max_seqlen_q, k_cache)
     return AttentionBuffers(
-        backend.zeros(layout.result.shape, query.dtype, query.device),
-        _new_lse(backend, layout, query, padded=True),
-        backend.empty((floats,), np.dtype(np.float32), query.device),
+        like(backend.zeros(layout.result.shape, query.dtype, query.device), given),
+        like(_new_lse(backend, layout, query, padded=True), given),
+        like(backend.empty((floats,), np.dtype(np.float32), query.device), given),
     )
 
 
@@ -196,6 +204,8 @@ def merge_attention_states(out_a: Array, lse_a: Array, out_b: Array, lse_b: Arra
     Returns new arrays of the same shapes and dtypes, on a GPU queued on CuPy's current stream. A sink must have been
     given to one of the two alone. Raises ``TypeError`` and ``ValueError`` for arrays that do not agree.
     """
+    given = out_a
+    out_a, lse_a, out_b, lse_b = arrays_of(_STATES, out_a, lse_a, out_b, lse_b)
     backend = backend_of(_STATES, out_a, lse_a, out_b, lse_b)
     check_arithmetic("out_a", out_a.dtype)
     if out_a.ndim != 3:
@@ -208,7 +218,7 @@ def merge_attention_states(out_a: Array, lse_a: Array, out_b: Array, lse_b: Arra
     lse = backend.empty(lse_a.shape, lse_a.dtype, lse_a.device)
     if out.size:
         backend.merge_attention_states(out_a, lse_a, out_b, lse_b, out, lse)
-    return out, lse
+    return like(out, given), like(lse, given)
 
 
 def _number(name: str, value: Any) -> float:
@@ -307,6 +317,7 @@ def _of_heads(name: str, values: Any, layout: AttentionLayout, backend: Backend,
     """A float32 array of as many entries as there are heads, where the pools are; None if there are no values."""
     if values is None:
         return None
+    values = array_of(name, values)
     if not isinstance(values, (np.ndarray, backend.ndarray)):
         try:
             values = np.asarray(values, np.float32)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from ..devices import backend as devices
 from ..devices.backend import backend_of
+from ..devices.dlpack import arrays_of, like
 from ..devices.layout import layout_of, pools_of
 from .arguments import Array, IndexArray, all_below, asnumpy, check_blocks, check_writeable, indices, on_device
 
@@ -57,6 +58,7 @@ def scatter(
     names: tuple[str, str], key: Array, value: Array, k_cache: Array, v_cache: Array, slot_mapping: IndexArray
 ) -> None:
     """:func:`reshape_and_cache`, whose errors call ``key`` and ``value`` by ``names``."""
+    key, value, k_cache, v_cache = arrays_of((*names, *_POOLS), key, value, k_cache, v_cache)
     backend = backend_of((*names, *_POOLS), key, value, k_cache, v_cache)
     layout = layout_of(names, key, value, k_cache, v_cache)
     check_writeable(_POOLS, k_cache, v_cache)
@@ -104,12 +106,15 @@ def gather_cache(
     Raises ``TypeError`` and ``ValueError`` as :func:`reshape_and_cache` does, and ``ValueError`` for host lengths that
     are negative, below their start, beyond the table, or more than ``out`` holds.
     """
+    given_pools, given_out = (k_cache, v_cache), out
+    k_cache, v_cache = arrays_of(_POOLS, k_cache, v_cache)
     if out is None:
         backend = backend_of(_POOLS, k_cache, v_cache)
         pools = pools_of(k_cache, v_cache)
     else:
         if not (isinstance(out, tuple) and len(out) == 2):
             raise TypeError(f"out must be a tuple (key, value), got {type(out).__name__} {out!r:.40}")
+        out = arrays_of(_OUT, *out)
         backend = backend_of(_GATHERED, *out, k_cache, v_cache)
         pools = layout = layout_of(_OUT, *out, k_cache, v_cache)
         check_writeable(_OUT, *out)
@@ -149,7 +154,7 @@ def gather_cache(
         tables, lens = on_device(tables, backend, k_cache), on_device(lens, backend, k_cache)
         starts = None if starts is None else on_device(starts, backend, k_cache)
         backend.gather_cache(*out, k_cache, v_cache, tables, lens, starts, num_rows, layout)
-    return out
+    return given_out or tuple(map(like, out, given_pools))
 
 
 def copy_blocks(k_cache: Array, v_cache: Array, src: IndexArray, dst: IndexArray) -> None:
@@ -173,6 +178,7 @@ def copy_blocks(k_cache: Array, v_cache: Array, src: IndexArray, dst: IndexArray
 
     Raises ``TypeError`` and ``ValueError`` as :func:`reshape_and_cache` does.
     """
+    k_cache, v_cache = arrays_of(_POOLS, k_cache, v_cache)
     backend = backend_of(_POOLS, k_cache, v_cache)
     pools = pools_of(k_cache, v_cache)
     check_writeable(_POOLS, k_cache, v_cache)
