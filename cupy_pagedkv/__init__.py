@@ -22,7 +22,7 @@ Data flows one way, from floor to floor: ``caches`` → ``operations`` (all chec
 
 from .bookkeeping.allocator import BlockAllocator, BlockAllocatorStats, OutOfBlocksError
 from .bookkeeping.table import BlockTable
-from .caches.batch import Batch, BatchBuffers
+from .caches.batch import Batch, BatchBuffers, CSRTables
 from .caches.cache import LayeredPagedKVCache, PagedKVCache
 from .caches.manager import KVCacheManager, KVCacheStats
 from .caches.sequence import CachedSequence
@@ -36,6 +36,7 @@ __all__ = [
     "BlockAllocator",
     "BlockAllocatorStats",
     "BlockTable",
+    "CSRTables",
     "CachedSequence",
     "KVCacheManager",
     "KVCacheStats",

@@ -171,7 +171,7 @@ def test_memory_lives_as_long_as_it_is_looked_at():
 
 @pytest.mark.parametrize(
     ("device_type", "message"),
-    [(8, "device type 8"), (10, "device type 10"), (2, "No module named 'cupy'|CUDA|cuda|driver|DLPack")],
+    [(8, "device type 8"), (10, "device type 10"), (2, "No module named .cupy.|CUDA|cuda|driver|stream")],
 )
 def test_memory_elsewhere_is_refused(pools, device_type, message):
     """Metal's, ROCm's; and CUDA's, where an array of the host only says that it is there."""

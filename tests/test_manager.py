@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import mmap
 import pickle
 from array import array
@@ -470,6 +471,23 @@ def test_what_attention_wants_to_know(device):
     assert len(key) == 47
     empty = served.prepare({})
     assert (empty.max_seqlen_q, empty.max_seqlen_k) == (0, 0)
+
+
+@pytest.mark.parametrize("in_buffers", [False, True])
+def test_tables_as_flashinfer_takes_them(device, in_buffers):
+    served = Served(device, 20)
+    buffers = served.manager.buffers(num_seqs=6, num_tokens=80, max_blocks=5) if in_buffers else None
+    new = {served.run(range(15)): [1, 2], served.add([]): range(16), served.add([]): [], served.add([]): range(33)}
+    batch = served.prepare(new, buffers)
+    csr = batch.to_csr()
+    assert all(device.numpy(array).dtype == np.int32 for array in csr)
+    assert all(isinstance(array, type(batch.block_tables)) for array in csr)
+    indptr, indices, last = (device.numpy(array).tolist() for array in csr)
+    tables = [indices[i:j] for i, j in itertools.pairwise(indptr)]
+    assert tables == [sequence.block_table.tolist() for sequence in new]
+    lens = [16 * (len(table) - 1) + end if table else end for table, end in zip(tables, last, strict=True)]
+    assert lens == batch.host_seq_lens.tolist() == [17, 16, 0, 33]
+    assert [array.tolist() for array in served.prepare({}).to_csr()] == [[0], [], []]
 
 
 def test_buffers_are_those_of_one_batch_at_a_time(served):

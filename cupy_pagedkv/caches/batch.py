@@ -1,15 +1,17 @@
 """What the layers need to know of a batch: arrays where the cache is, all of them in one piece of memory."""
 
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from ..bookkeeping.ranges import ranges
 from ..bookkeeping.rows import NewTokens
+from ..devices.backend import backend_of
 from .sequence import CachedSequence
 
-__all__ = ["Batch", "BatchBuffers"]
+__all__ = ["Batch", "BatchBuffers", "CSRTables"]
 
 
 class Manager(Protocol):
@@ -75,6 +77,17 @@ class BatchBuffers:
         self.cu_seqlens[num_seqs:] = num_tokens
 
 
+class CSRTables(NamedTuple):
+    """Block tables as FlashInfer takes them: what :meth:`Batch.to_csr` returns. All int32, where the cache is."""
+
+    kv_indptr: Any
+    """``[num_seqs + 1]``: the blocks of sequence i are ``kv_indices[kv_indptr[i]:kv_indptr[i + 1]]``."""
+    kv_indices: Any
+    """``[kv_indptr[-1]]``: the blocks of all sequences, and no padding."""
+    kv_last_page_len: Any
+    """``[num_seqs]``: tokens in each sequence's last block; 0 where there is none."""
+
+
 class Batch:
     """The next tokens of some sequences, with room for their K and V: what :meth:`KVCacheManager.prepare` returns.
 
@@ -84,7 +97,12 @@ class Batch:
     """
 
     def __init__(
-        self, manager: Manager, sequences: tuple[CachedSequence, ...], new: NewTokens, arrays: BatchBuffers
+        self,
+        manager: Manager,
+        sequences: tuple[CachedSequence, ...],
+        new: NewTokens,
+        arrays: BatchBuffers,
+        block_size: int,
     ) -> None:
         self.sequences = sequences
         """In the order of the arrays."""
@@ -96,6 +114,7 @@ class Batch:
         self._manager = manager
         self._new = new
         self._buffers = arrays
+        self._block_size = block_size
         self._end = ""  # how it ended
 
     @property
@@ -117,6 +136,28 @@ class Batch:
     def max_seqlen_k(self) -> int:
         """The most tokens of a sequence, the new ones among them."""
         return int(self.host_seq_lens.max(initial=0))
+
+    def to_csr(self) -> CSRTables:
+        """``block_tables`` and ``seq_lens`` in the form of FlashInfer: new arrays, queued on CuPy's current stream.
+
+        >>> from cupy_pagedkv import KVCacheManager, LayeredPagedKVCache
+        >>> manager = KVCacheManager(LayeredPagedKVCache(1, 8, 4, 1, 2, "float16", device="cpu"))
+        >>> batch = manager.prepare({manager.add([1] * 6): [1] * 6, manager.add([2] * 4): [2] * 4})
+        >>> [array.tolist() for array in batch.to_csr()]
+        [[0, 2, 3], [0, 1, 2], [2, 4]]
+        """
+        counts = -(-self._new.ends // self._block_size)
+        row_starts = np.arange(len(counts)) * self.block_tables.shape[1]
+        backend, place = backend_of(("block_tables",), self.block_tables), self.block_tables.device
+        kv_indptr, places, kv_last_page_len = (
+            backend.from_numpy(array, place)
+            for array in (
+                np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
+                ranges(row_starts, counts),
+                (self._new.ends - np.maximum(counts - 1, 0) * self._block_size).astype(np.int32),
+            )
+        )
+        return CSRTables(kv_indptr, self.block_tables.reshape(-1)[places], kv_last_page_len)
 
     def __len__(self) -> int:
         return len(self.sequences)

@@ -248,7 +248,7 @@ class KVCacheManager:
             if i not in copying:  # its only owner is about to write to it
                 self._pool.forget(sequences[writers[i]]._run, int(begun_columns[i]), int(begun[i]))
         self._copies += len(copied)
-        batch = Batch(self, sequences, new, arrays)
+        batch = Batch(self, sequences, new, arrays, self._block_size)
         self._batches.add(batch)
         return batch
 
