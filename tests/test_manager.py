@@ -5,6 +5,7 @@ import gc
 import itertools
 import mmap
 import pickle
+import weakref
 from array import array
 from collections import deque
 from pathlib import Path
@@ -943,12 +944,16 @@ def test_nothing_walks_all_blocks(monkeypatch):
 
 def test_what_is_gone_leaves_no_cycles(served):
     """Of nodes and their parents: the last reference to a root goes with what was found behind it."""
-    sequence = served.run(range(40), "salt")
+    sequence = served.run(range(64), "salt")
+    served.free(served.run([*range(48), *range(100, 116)], "salt"))  # parts within what will lie behind
     served.truncate(sequence, 20)
     gc.collect()
     gc.disable()
     try:
+        behind = weakref.ref(next(iter(sequence._run.at(2).children.values())))
+        assert behind().children
         served.append(sequence, range(20))
+        assert behind() is None
         served.truncate(sequence, 1)
         served.append(sequence, [1])
         served.free(sequence)
