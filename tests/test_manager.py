@@ -991,6 +991,29 @@ def test_many_sequences_come_and_go(served):
 # The pool itself
 
 
+def test_runs_split_where_owners_change_and_join_when_they_are_let_go_of_together(served):
+    line = served.manager._pool._line
+
+    def blocks() -> list[list[int]]:
+        return [run.blocks.tolist() for run in line]
+
+    served.free(served.run(range(160)))
+    assert blocks() == [[*range(10)]]
+    first, second = served.add(range(33)), served.add(range(100))
+    assert blocks() == [[6, 7, 8, 9]]
+    served.free(second)
+    assert blocks() == [[6, 7, 8, 9], [2, 3, 4, 5]]
+    served.free(first)
+    assert blocks() == [[6, 7, 8, 9], [2, 3, 4, 5], [0, 1]]
+    third = served.add(range(150))
+    assert blocks() == [[9]]
+    served.free(third)
+    assert blocks() == [[9], [*range(9)]]
+    served.free(served.add(range(161)))
+    assert blocks() == [[*range(10)]]
+    assert bytes(line.oldest.tokens) == np.arange(160, dtype=np.int32).tobytes()
+
+
 def test_a_chain_of_any_length_comes_and_goes():
     """No recursion: neither in making a deep trie, nor in dropping it."""
     pool = BlockPool(100_000, 1)
