@@ -66,11 +66,12 @@ class BatchBuffers:
         """Everything but the block tables, which are there already; where more is behind it, zeros are."""
         num_seqs, num_tokens = len(new.rows), len(new.tokens)
         self.positions[:num_tokens] = new.positions
-        columns, offsets = np.divmod(new.positions, block_size)
+        columns = new.positions // block_size  # and flat indices: half the time of divmod and of pairs of indices
         slots = self.slot_mapping[:num_tokens]
-        slots[:] = self.block_tables[new.index, columns]
+        slots[:] = self.block_tables.take(new.index * self.block_tables.shape[1] + columns)
+        slots -= columns
         slots *= block_size
-        slots += offsets
+        slots += new.positions
         self.slot_mapping[num_tokens:] = -1
         self.seq_lens[:num_seqs] = new.ends
         self.cu_seqlens[:num_seqs] = new.first

@@ -103,7 +103,8 @@ def paged_attention(
         Also return the natural logarithm of each row's sum of exponentials: ``(out, lse)``, lse float32
         ``[num_tokens, num_heads]``.
     out
-        Where to write the result, of any strides; or :func:`attention_buffers`, made beforehand.
+        Where to write the result, of any strides, which must not overlap the other arrays; or
+        :func:`attention_buffers`, made beforehand.
 
     Returns ``[num_tokens, num_heads, v_head_dim]`` in the dtype of ``query``, accumulated in float32 and rounded
     once. A row that sees nothing is zeros, its LSE −inf (the sink's, if there is one). What is masked, or was never
