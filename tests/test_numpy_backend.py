@@ -319,6 +319,7 @@ def test_an_interrupt_leaves_nobody_writing():
 import os, signal, threading, time
 import cupy_pagedkv.devices.threads as threads
 os.sched_getaffinity = lambda pid: range(3)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which who runs in the background does not have
 begun, asked, ended = threading.Barrier(3), [], []
 def job():
     begun.wait()
