@@ -23,6 +23,7 @@ How a forward goes, layer by layer::
     an exception in between     leaves the batch open, and whatever comes next rolls it back
 """
 
+import inspect
 import threading
 import weakref
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers.masking_utils import create_causal_mask
 
 from .bookkeeping.dtypes import as_dtype
 from .caches.batch import Batch
@@ -47,6 +49,9 @@ ATTENTION = "cupy_pagedkv"
 """The ``attn_implementation`` that reads a :class:`PagedCache`."""
 
 _Bools = npt.NDArray[np.bool_]
+
+_KEYWORD = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""By which models take a cache: the first from transformers 5.24 on."""
 
 
 class _Handed(NamedTuple):
@@ -102,7 +107,8 @@ class PagedCache(Cache):
     those that are not hidden. Masks of four axes, and bidirectional ones, are refused.
 
     There is no gradient, and no dropout. ``torch.compile`` breaks its graph around each layer's attention, and
-    ``fullgraph=True`` is an error; ``generate`` does not compile by itself with this cache.
+    ``fullgraph=True`` is an error; ``generate`` does not compile by itself with this cache. An ``assistant_model``
+    has a cache of its own, which ``generate`` makes, and so another attention. Not thread-safe.
 
     Raises ``ValueError`` for a model whose layers do not fit, and as :class:`~cupy_pagedkv.LayeredPagedKVCache` does.
     A forward raises ``ValueError`` for a model of another attention, another model than the cache was made for, a
@@ -202,7 +208,7 @@ class PagedCache(Cache):
             if start < common:
                 ids = self._ids = torch.as_tensor(prompts[0][None, start:common], device=self._device)
                 with torch.no_grad():
-                    self._model.base_model(input_ids=ids, cache=self, use_cache=True)
+                    self._model.base_model(input_ids=ids, use_cache=True, **{_KEYWORD: self})
         finally:
             self._ids = None
             self.reset()
@@ -530,7 +536,7 @@ AttentionMaskInterface.register(ATTENTION, _mask)
 def _no_cache() -> ValueError:
     return ValueError(
         f"attn_implementation={ATTENTION!r} attends over a PagedCache: give the model one, "
-        "cache=PagedCache(model, num_blocks), or call model.set_attn_implementation('sdpa')"
+        f"{_KEYWORD}=PagedCache(model, num_blocks), or call model.set_attn_implementation('sdpa')"
     )
 
 
@@ -541,6 +547,8 @@ def _check_layers(config: Any) -> None:
         kinds.add("chunked_attention")
     if getattr(config, "num_kv_shared_layers", None) or getattr(config, "kv_sharing_modes", None):
         kinds.add("layers that share K and V")
+    if config.is_encoder_decoder:
+        kinds.add("cross-attention")
     if kinds:
         raise ValueError(
             f"a PagedCache holds layers of full or sliding attention; this model has {', '.join(sorted(kinds))}"
@@ -552,7 +560,7 @@ _telling_ids: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
 def _cache_of(kwargs: dict[str, Any]) -> PagedCache | None:
-    cache = kwargs.get("cache", kwargs.get("past_key_values"))
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))  # the old name is still taken
     return cache if isinstance(cache, PagedCache) else None
 
 

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch", reason="the models are PyTorch's: pip install -e '.[hf]'")
 transformers = pytest.importorskip(
-    "transformers", "5.24", reason="the models are transformers': pip install -e '.[hf]'"
+    "transformers", "5.23", reason="the models are transformers': pip install -e '.[hf]'"
 )
 
 from cupy_pagedkv import OutOfBlocksError  # noqa: E402
-from cupy_pagedkv.transformers import PagedCache  # noqa: E402
+from cupy_pagedkv.transformers import _KEYWORD, PagedCache  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -96,8 +96,8 @@ def paged(model: Any, num_blocks: int = 64, **options: Any) -> PagedCache:
 
 def generate(model: Any, cache: Any, inputs: dict[str, Any], num_tokens: int = 64, **options: Any) -> Any:
     return model.generate(
-        **inputs, cache=cache, max_new_tokens=num_tokens, return_dict_in_generate=True, output_logits=True,
-        **{"do_sample": False, **options},
+        **inputs, max_new_tokens=num_tokens, return_dict_in_generate=True, output_logits=True,
+        **{_KEYWORD: cache, "do_sample": False, **options},
     )  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def test_64_greedy_tokens_and_their_logits(name):
     # Padding takes no place, and no row has more than the block that it has begun
     assert cache.manager.stats().live_blocks == num_blocks([41 + 63, 34 + 63, 9 + 63])
     cache.manager.check_integrity()
-    assert out.cache is cache
+    assert out[_KEYWORD] is cache
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -151,7 +151,7 @@ def test_bfloat16_is_as_close_to_float32_as_eager_attention_is(name):
     real = inputs["attention_mask"].bool()
     with torch.no_grad():
         expected, of_eager, of_ours = (
-            model(**inputs, cache=cache).logits.float()[real]
+            model(**inputs, **{_KEYWORD: cache}).logits.float()[real]
             for model, cache in ((exact, theirs(exact)), (eager, theirs(eager)), (ours, paged(ours)))
         )
     errors = [(logits - expected).abs().mean().item() for logits in (of_ours, of_eager)]
@@ -203,14 +203,14 @@ def test_to_reorder_copies_nothing_but_blocks_that_are_begun_and_shared():
     _, ours = models("llama")
     cache = paged(ours)
     with torch.no_grad():
-        ours(**prompts(*[2 * BLOCK_SIZE + 3] * 3), cache=cache)
+        ours(**prompts(*[2 * BLOCK_SIZE + 3] * 3), **{_KEYWORD: cache})
         cache.reorder_cache(torch.tensor([1, 1, 1]))
         assert (cache.manager.stats().live_blocks, cache.manager.stats().copies) == (3, 0)
-        ours(torch.tensor([[5], [6], [7]]), cache=cache)
+        ours(torch.tensor([[5], [6], [7]]), **{_KEYWORD: cache})
         assert (cache.manager.stats().live_blocks, cache.manager.stats().copies) == (2 + 3, 2)
-        ours(torch.randint(2, 9, (3, BLOCK_SIZE - 4)), cache=cache)  # to the end of the block
+        ours(torch.randint(2, 9, (3, BLOCK_SIZE - 4)), **{_KEYWORD: cache})  # to the end of the block
         cache.reorder_cache(torch.tensor([0, 0, 2]))
-        ours(torch.tensor([[5], [6], [7]]), cache=cache)
+        ours(torch.tensor([[5], [6], [7]]), **{_KEYWORD: cache})
     assert (cache.manager.stats().live_blocks, cache.manager.stats().copies) == (2 + 2 + 3, 2)
     cache.manager.check_integrity()
 
@@ -326,12 +326,12 @@ def test_what_nobody_said_the_tokens_of_is_not_found():
     _, ours = models("llama")
     cache, inputs = paged(ours, prefix_caching=True), prompts(40)
     with torch.no_grad():
-        ours.model(input_ids=inputs["input_ids"], cache=cache)  # past the hook
+        ours.model(input_ids=inputs["input_ids"], **{_KEYWORD: cache})  # past the hook
         cache.reset()
         assert cache.begin(**inputs) == 0
-        ours(inputs_embeds=ours.model.embed_tokens(inputs["input_ids"]), cache=cache)
+        ours(inputs_embeds=ours.model.embed_tokens(inputs["input_ids"]), **{_KEYWORD: cache})
         assert cache.begin(**inputs) == 0
-        ours(inputs["input_ids"], cache=cache)
+        ours(inputs["input_ids"], **{_KEYWORD: cache})
         assert cache.begin(**inputs) == 32
 
 
@@ -350,7 +350,9 @@ def step(model: Any, cache: Any, ids: Any, mask: Any = None) -> Any:
     """The logits behind the last column."""
     positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     with torch.no_grad():
-        return model(ids, attention_mask=mask, position_ids=positions, cache=cache, logits_to_keep=1).logits[:, -1]
+        return model(ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, **{_KEYWORD: cache}).logits[
+            :, -1
+        ]
 
 
 actions = st.lists(
@@ -528,12 +530,12 @@ def test_another_attention_is_refused(implementation):
     generate(model, cache, prompts(9), 4)
 
 
-@pytest.mark.parametrize("cache", [{}, {"use_cache": False}, {"cache_implementation": "static"}, {"cache": "dynamic"}])
+@pytest.mark.parametrize("cache", [{}, {"use_cache": False}, {"cache_implementation": "static"}, {_KEYWORD: "dynamic"}])
 def test_our_attention_without_our_cache_is_refused(cache):
     _, ours = models("llama")
-    if cache.get("cache") == "dynamic":
-        cache = {"cache": theirs(ours)}
-    with pytest.raises(ValueError, match=r"give the model one, cache=PagedCache\(model, num_blocks\), or call"):
+    if _KEYWORD in cache:
+        cache = {_KEYWORD: theirs(ours)}
+    with pytest.raises(ValueError, match=rf"give the model one, {_KEYWORD}=PagedCache\(model, num_blocks\), or call"):
         ours.generate(**prompts(9), max_new_tokens=2, **cache)
 
 
@@ -569,17 +571,23 @@ def test_layers_that_do_not_fit_are_refused():
         PagedCache(transformers.Llama4ForCausalLM(config), 8)
 
 
+def test_layers_that_read_an_encoder_are_refused():
+    config = transformers.T5Config(vocab_size=16, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)
+    with pytest.raises(ValueError, match="this model has cross-attention"):
+        PagedCache(transformers.T5ForConditionalGeneration(config), 8)
+
+
 def test_masks_that_do_not_fit_are_refused():
     _, ours = models("llama")
     ids, mask = prompts(9, 5).values()
     cache = paged(ours)
     with pytest.raises(ValueError, match=r"\(2, 9\), those in the cache among them; got \(2, 8\)"), torch.no_grad():
-        ours(ids, attention_mask=mask[:, 1:], cache=cache)
+        ours(ids, attention_mask=mask[:, 1:], **{_KEYWORD: cache})
     with (
         pytest.raises(ValueError, match=r"attention_mask must be \[rows, columns\].* got \(2, 1, 9, 9\)"),
         torch.no_grad(),
     ):
-        ours(ids, attention_mask=torch.zeros(2, 1, 9, 9), cache=cache)
+        ours(ids, attention_mask=torch.zeros(2, 1, 9, 9), **{_KEYWORD: cache})
     step(ours, cache, ids, mask)
     with pytest.raises(ValueError, match="takes for padding what the cache has for tokens, or"):
         step(ours, cache, torch.tensor([[3], [4]]))
@@ -593,7 +601,7 @@ def test_masks_that_do_not_fit_are_refused():
 def test_gradients_and_dropout_are_refused():
     _, ours = models("llama")
     with pytest.raises(RuntimeError, match="no gradient: call the model under torch.no_grad"):
-        ours(prompts(9)["input_ids"], cache=paged(ours))
+        ours(prompts(9)["input_ids"], **{_KEYWORD: paged(ours)})
     model = copy.deepcopy(ours).train()
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
@@ -641,6 +649,27 @@ def test_a_compiled_model_breaks_its_graph_at_each_attention(fullgraph):
                 step(compiled, cache, ids)
         else:
             torch.testing.assert_close(step(compiled, cache, ids), step(eager, other, ids), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_under_inference_mode(dtype):
+    eager, ours = (copy.deepcopy(model).to(dtype) for model in models("llama"))
+    ids = prompts(9)["input_ids"]
+    with torch.inference_mode():
+        of_ours, expected = (step(model, make(model), ids) for model, make in ((ours, paged), (eager, theirs)))
+    assert (of_ours - expected).abs().max() <= 32 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+def test_the_benchmark_compares_what_is_alike(monkeypatch):
+    from benchmarks import hf
+
+    monkeypatch.setattr(hf, "a_model", lambda: copy.deepcopy(models("llama")[1]))
+    monkeypatch.setattr(hf, "PREFIX", 8 * 40)
+    runs = list(hf.generations(quick=True))
+    assert [run.label for run in runs] == ["1 x 32", "8 x 32", "1 x 256", "8 x 256", "8 x 72, 40 in common"]
+    assert set(runs[-1].seconds) == {hf.OURS, hf.DYNAMIC, hf.STATIC, hf.BY_HAND}
+    assert len(list(hf.generation_lines(runs))) == 6
+    assert [line.split()[0] in ("met", "MISSED") for line in hf.generation_bars(runs)] == [True] * 3
 
 
 def test_nothing_else_imports_pytorch():
