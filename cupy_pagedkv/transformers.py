@@ -183,7 +183,7 @@ class PagedCache(Cache):
         prompts = [ids[i, real[i]] for i in range(num_rows)]
         self.reset()
         if num_rows > 1:
-            self._compute_once(input_ids, prompts)
+            self._compute_once(prompts)
         pads = num_columns - real.sum(1)
         self._rows = [self._manager.add(prompt) for prompt in prompts]
         found = [sequence.num_cached_tokens for sequence in self._rows]
@@ -193,12 +193,12 @@ class PagedCache(Cache):
         self._real = real[:, :columns]
         return columns
 
-    def _compute_once(self, input_ids: torch.Tensor, prompts: list[npt.NDArray[np.int64]]) -> None:
+    def _compute_once(self, prompts: list[npt.NDArray[np.int64]]) -> None:
         """Put the full blocks that all prompts begin with into the pool, if they are not there."""
         shortest = min(map(len, prompts))
-        differ = np.flatnonzero([len({int(prompt[i]) for prompt in prompts}) > 1 for i in range(shortest)])
-        block_size = self._block_size
-        common = min(int(differ[0]) if len(differ) else shortest, shortest - 1) // block_size * block_size
+        together = np.stack([prompt[:shortest] for prompt in prompts])
+        alike = np.append((together == together[0]).all(0), False)
+        common = min(int(alike.argmin()), shortest - 1) // self._block_size * self._block_size
         if common <= 0:
             return
         self._rows = [self._manager.add(prompts[0][: common + 1])]  # one more, so that all of the prefix can be found
@@ -339,8 +339,7 @@ class PagedCache(Cache):
     def _take_rows(self, indices: Sequence[int]) -> None:
         self._roll_back()
         rows: list[CachedSequence] = []
-        for i in indices:
-            sequence = self._rows[i]
+        for sequence in [self._rows[i] for i in indices]:
             rows.append(sequence.fork() if sequence in rows else sequence)
         for sequence in set(self._rows).difference(rows):
             self._manager.free(sequence)
@@ -383,8 +382,8 @@ class PagedCache(Cache):
                 "of all columns, as it was, with the new ones at the end; or begin anew, by cache.reset()"
             )
         new = real[:, past:]
-        batch = self._manager.prepare(dict(zip(self._rows, self._tokens(new), strict=True)))
         places = None if new.all() else torch.as_tensor(np.flatnonzero(new), device=self._device)
+        batch = self._manager.prepare(dict(zip(self._rows, self._tokens(new), strict=True)))
         return _Step(batch, new, places)
 
     def _tokens(self, new: _Bools) -> list[npt.NDArray[np.int64]]:
@@ -407,12 +406,6 @@ class PagedCache(Cache):
         handed, self._handed = self._handed, None
         if handed is None or module.layer_idx != handed.layer or (key is not handed.key and not self._is_latent):
             raise _no_cache()
-        if module.config is not self._config:
-            raise ValueError(
-                f"this PagedCache was made for another model, of {len(self)} layers with "
-                f"{self._written[0].num_heads} KV heads of {self._written[0].head_dim}: "
-                "make a PagedCache(model, num_blocks) for each"
-            )
         self._check_fits(handed, query)
         num_rows, num_heads, num_columns, _ = query.shape
         if self._step is None:
@@ -432,9 +425,9 @@ class PagedCache(Cache):
         )  # fmt: skip
         self._layers_done += 1
         if self._layers_done == len(self):
+            real = np.concatenate([self._real, new], axis=1)
             self._manager.commit(batch)
-            self._real = np.concatenate([self._real, new], axis=1)
-            self._step, self._layers_done = None, 0
+            self._real, self._step, self._layers_done = real, None, 0
         if places is not None:
             tokens, out = out, query.new_zeros((num_rows * num_columns, *out.shape[1:]))
             out[places] = tokens
@@ -485,6 +478,12 @@ def _attention(
     cache = None if handed is None else handed()
     if cache is None:
         raise _no_cache()
+    if module.config is not cache._config:
+        raise ValueError(
+            f"this PagedCache was made for another model, of {len(cache)} layers with "
+            f"{cache._written[0].num_heads} KV heads of {cache._written[0].head_dim}: "
+            "make a PagedCache(model, num_blocks) for each"
+        )
     if torch.is_grad_enabled() and query.requires_grad:
         raise RuntimeError("attention over a PagedCache has no gradient: call the model under torch.no_grad()")
     if dropout:
@@ -507,6 +506,11 @@ def _attention(
             return cache._attend(module, query, key, attention_mask, **options), None
         # DeepSeek's: the model's code has made K and V of the new latents, but here all heads read the latents
         # themselves, and what would make K and V of them acts on the query and on the result instead.
+        if type(module.kv_b_proj) is not torch.nn.Linear:
+            raise ValueError(
+                "of latents, the weight of kv_b_proj is used itself, so that it must be a torch.nn.Linear, got "
+                f"{type(module.kv_b_proj).__name__}: merge an adapter, or dequantize this layer"
+            )
         rank, nope = module.kv_lora_rank, module.qk_nope_head_dim
         to_k, to_v = module.kv_b_proj.weight.view(query.shape[1], -1, rank).split([nope, module.v_head_dim], dim=1)
         latent = torch.cat([query[..., :nope] @ to_k, query[..., nope:]], dim=-1)

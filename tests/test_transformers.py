@@ -542,11 +542,13 @@ def test_our_attention_without_our_cache_is_refused(cache):
 def test_what_update_took_is_not_attended_to_by_another_model():
     eager, ours = models("llama")
     other = copy.deepcopy(ours)
-    for model in (other, models("gemma2")[1]):
+    for model in (other, models("gemma2")[1], models("deepseek_v3")[1]):
         with pytest.raises(
             ValueError, match=r"made for another model, of 3 layers with 2 KV heads of 16: make a PagedC"
         ):
             step(model, paged(ours), prompts(9)["input_ids"])
+    with pytest.raises(ValueError, match=r"made for another model, of 3 layers with 1 KV heads of 24: make a PagedC"):
+        step(ours, paged(models("deepseek_v3")[1]), prompts(9)["input_ids"])
     with pytest.raises(ValueError, match=r"layer 1 came, but layer 0 has not attended over this cache"):
         step(eager, paged(ours), prompts(9)["input_ids"])
 
@@ -624,6 +626,29 @@ def test_begin_says_what_it_needs():
         paged(ours).begin(**prompts(9))
     with pytest.raises(ValueError, match="padded on the left"):
         paged(ours, prefix_caching=True).begin(torch.ones(1, 3, dtype=torch.long), torch.tensor([[1, 1, 0]]))
+
+
+def test_latents_need_the_weight_itself():
+    model = copy.deepcopy(models("deepseek_v3")[1])
+    for layer in model.model.layers:
+        layer.self_attn.kv_b_proj = torch.nn.Sequential(layer.self_attn.kv_b_proj)
+    with pytest.raises(ValueError, match=r"must be a torch.nn.Linear, got Sequential: merge an adapter, or dequantize"):
+        step(model, paged(model), prompts(9)["input_ids"])
+
+
+@pytest.mark.skipif(_KEYWORD != "cache", reason="the name past_key_values is not an old one yet")
+@pytest.mark.parametrize("prefix_caching", [False, True])
+def test_the_old_name_of_the_argument_is_taken_too(prefix_caching):
+    eager, ours = models("llama")
+    inputs, cache = prompts(20, 13), paged(ours, prefix_caching=prefix_caching)
+    with pytest.warns(FutureWarning, match="`past_key_values` is deprecated"):
+        out = ours.generate(**inputs, past_key_values=cache, max_new_tokens=8, do_sample=False)
+    assert out.tolist() == generate(eager, theirs(eager), inputs, 8).sequences.tolist()
+    if prefix_caching:
+        cache.reset()
+        with pytest.warns(FutureWarning, match="`past_key_values` is deprecated"), torch.no_grad():
+            ours(prompts(30)["input_ids"], past_key_values=cache)
+        assert cache.begin(prompts(30)["input_ids"]) == 24
 
 
 def test_a_cache_is_not_copied():
