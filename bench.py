@@ -5,6 +5,7 @@
     python bench.py reshape_and_cache --watch   waits for a save of the kernel, then a verdict in seconds
     python bench.py manager                     the host's work for many sequences
     python bench.py attention                   attention over the block tables
+    python bench.py hf                          generate of a Hugging Face model, where transformers is installed
     python bench.py --kernels                   what the compiler makes of the kernels and what they move, with no GPU
 
 PyTorch, Triton and xxhash compete where they are installed. What is measured, and how, is in benchmarks/.
@@ -43,7 +44,7 @@ from cupy_pagedkv.devices import backend
 from cupy_pagedkv.devices.cuda_backend import CudaBackend
 from cupy_pagedkv.emulator import nvrtc
 
-MANAGER, ATTENTION = "manager", "attention"
+MANAGER, ATTENTION, HF = "manager", "attention", "hf"
 
 
 def parser_of_arguments() -> argparse.ArgumentParser:
@@ -52,8 +53,8 @@ def parser_of_arguments() -> argparse.ArgumentParser:
     add(
         "kernel",
         nargs="?",
-        choices=(*KERNELS, MANAGER, ATTENTION),
-        help="only what runs this kernel, or the bookkeeping alone, or attention, which nothing else runs",
+        choices=(*KERNELS, MANAGER, ATTENTION, HF),
+        help="only what runs this kernel, or the bookkeeping alone, or attention or generate, which nothing else runs",
     )
     add("--device", choices=["cpu", "cuda"], help="by default a GPU where there is one")
     add("--only", nargs="+", default=[], metavar="TEXT", help="rows with all of these words in their name, such as "
@@ -95,10 +96,38 @@ def run_attention(parser: argparse.ArgumentParser, options: argparse.Namespace, 
     return 0
 
 
+def run_hf(parser: argparse.ArgumentParser, options: argparse.Namespace, place: Any) -> int:
+    if options.only:
+        parser.error(f"{HF} has no rows to choose from by --only")
+    if place.name != "numpy":
+        parser.error(f"{HF} measures on the host, got {place.name}: --device cpu")
+    try:
+        from benchmarks import hf
+    except ImportError as error:
+        parser.error(f"{error}: pip install -e '.[hf,bench]'")
+    facts = machine(place.name, np)
+    print(", ".join(f"{name} {fact}" for name, fact in facts.items()) + "\n")
+    runs: list[hf.Generation] = []
+
+    def measured() -> Iterator[hf.Generation]:
+        for run in hf.generations(options.quick):
+            runs.append(run)
+            yield run
+
+    for line in hf.generation_lines(measured()):
+        print(line, flush=True)
+    print()
+    for line in hf.generation_bars(runs):
+        print(line)
+    if options.json:
+        Path(options.json).write_text(json.dumps({"machine": facts, HF: [asdict(run) for run in runs]}, indent=1))
+    return 0
+
+
 def main() -> int:
     parser = parser_of_arguments()
     options = parser.parse_args()
-    if (options.watch or options.kernels) and options.kernel in (MANAGER, ATTENTION):
+    if (options.watch or options.kernels) and options.kernel in (MANAGER, ATTENTION, HF):
         parser.error(f"{options.kernel} is no kernel")
     if options.watch and options.kernel is None:
         parser.error(f"--watch needs the kernel: {' or '.join(KERNELS)}")
@@ -127,6 +156,8 @@ def main() -> int:
 
     if options.kernel == ATTENTION:
         return run_attention(parser, options, place.name, xp)
+    if options.kernel == HF:
+        return run_hf(parser, options, place)
 
     cases = [
         Case(operation, *shape, tokens)

@@ -306,6 +306,8 @@ def test_rows_that_do_not_exist_are_refused():
         (["attention", "--watch"], "attention is no kernel"),
         (["attention", "--only", "9x9"], "no row has all of ['9x9'] in its name"),
         (["manager", "--only", "gather"], "no row has all of ['gather'] in its name"),
+        (["hf", "--watch"], "hf is no kernel"),
+        (["hf", "--only", "8x128"], "hf has no rows to choose from by --only"),
     ],
 )
 def test_what_cannot_be_run_is_known_at_once(arguments, message):
