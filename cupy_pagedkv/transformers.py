@@ -407,21 +407,19 @@ class PagedCache(Cache):
         if handed is None or module.layer_idx != handed.layer or (key is not handed.key and not self._is_latent):
             raise _no_cache()
         self._check_fits(handed, query)
-        num_rows, num_heads, num_columns, _ = query.shape
+        num_rows, _, num_columns, _ = query.shape
         if self._step is None:
             self._step = self._prepare(num_rows, num_columns, mask)
         batch, new, places = self._step
 
         def packed(states: torch.Tensor) -> Any:  # [rows, heads, columns, dim] as [num_tokens, heads, dim]
             tokens = states.transpose(1, 2).flatten(0, 1)
-            return _array(tokens if places is None else tokens[places])
+            return (tokens if places is None else tokens[places]).detach()
 
         self._written[handed.layer].update(packed(handed.key), packed(handed.value), batch.slot_mapping)
-        layer = self._attended[handed.layer]
-        out = query.new_empty((batch.num_tokens, num_heads, layer.v_head_dim))
-        layer.attend(
-            packed(query), batch.block_tables, batch.seq_lens, batch.cu_seqlens,
-            max_seqlen_q=batch.max_seqlen_q, out=_array(out), **options,
+        out = self._attended[handed.layer].attend(
+            packed(query), batch.block_tables, batch.seq_lens, batch.cu_seqlens, max_seqlen_q=batch.max_seqlen_q,
+            **options,
         )  # fmt: skip
         self._layers_done += 1
         if self._layers_done == len(self):
@@ -500,7 +498,7 @@ def _attention(
             "softmax_scale": scaling,
             "window_size": (-1, -1) if sliding_window is None else (sliding_window - 1, 0),
             "softcap": softcap or 0.0,
-            "sinks": None if s_aux is None else _array(s_aux.float()),
+            "sinks": None if s_aux is None else s_aux.detach().float(),
         }
         if not cache._is_latent:
             return cache._attend(module, query, key, attention_mask, **options), None
@@ -576,17 +574,6 @@ def _tell_ids(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
 def _forget_ids(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     if (cache := _cache_of(kwargs)) is not None:
         cache._ids = None
-
-
-# Between PyTorch and the arrays here.
-
-
-def _array(tensor: torch.Tensor) -> Any:
-    """The tensor's memory as a NumPy or CuPy array, not copied; of another stream's work, CuPy's current one waits."""
-    tensor = tensor.detach()
-    bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-    array = bits.numpy() if tensor.device.type == "cpu" else import_module("cupy").from_dlpack(bits)
-    return array.view(as_dtype("bfloat16")) if tensor.dtype == torch.bfloat16 else array
 
 
 def _stream(device: torch.device) -> AbstractContextManager[Any]:
