@@ -26,8 +26,10 @@ EXAMPLES = [
 
 @pytest.mark.parametrize(("page", "at"), EXAMPLES)
 def test_an_example_prints_what_stands_below_it(page, at):
-    if page == "clients.md":
-        pytest.importorskip("torch", reason="PyTorch is not installed")
+    for package in ("torch", "transformers"):
+        uses = re.search(rf"^(from|import) {package}\b", BLOCKS[page][at][1], re.M)
+        if uses or (package == "torch" and page == "clients.md"):
+            pytest.importorskip(package, reason=f"{package} is not installed")
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         exec(compile(BLOCKS[page][at][1], page, "exec"), NAMES[page])
