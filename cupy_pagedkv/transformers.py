@@ -18,7 +18,8 @@ How a forward goes, layer by layer::
 
     update(key, value, layer)   takes K and V of the new tokens, and returns them as they are
     attention of this layer     the first one prepares a batch, since only here the mask says which tokens are padding;
-                                each writes K and V to their slots, and attends over the block tables;
+                                each writes K and V to their slots, and attends over the block tables,
+                                to a long prefix that all rows share once for all of them;
                                 the last one commits the batch
     an exception in between     leaves the batch open, and whatever comes next rolls it back
 """
@@ -42,6 +43,7 @@ from .caches.batch import Batch
 from .caches.cache import LayeredPagedKVCache, PagedKVCache
 from .caches.manager import KVCacheManager
 from .caches.sequence import CachedSequence
+from .operations.attention import merge_attention_states
 
 __all__ = ["ATTENTION", "PagedCache"]
 
@@ -49,6 +51,9 @@ ATTENTION = "cupy_pagedkv"
 """The ``attn_implementation`` that reads a :class:`PagedCache`."""
 
 _Bools = npt.NDArray[np.bool_]
+
+_WORTH = 1024
+"""Tokens that need not be read, from which on attention to what rows have in common is a call of its own."""
 
 _KEYWORD = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 """By which models take a cache: the first from transformers 5.24 on."""
@@ -70,6 +75,10 @@ class _Step(NamedTuple):
     """``[rows, new columns]``: which are no padding."""
     places: torch.Tensor | None
     """Where those are in all rows, one after the other; None if there is no padding."""
+    prefix: npt.NDArray[np.int32]
+    """``[1, n]``: the blocks that all rows begin with, to be read once for all; n is 0 if that is not worth it."""
+    rest: tuple[Any, Any, Any]
+    """``block_tables`` and ``seq_lens`` of the batch behind these, and its ``cu_seqlens``."""
 
 
 class _Current(threading.local):
@@ -384,7 +393,21 @@ class PagedCache(Cache):
         new = real[:, past:]
         places = None if new.all() else torch.as_tensor(np.flatnonzero(new), device=self._device)
         batch = self._manager.prepare(dict(zip(self._rows, self._tokens(new), strict=True)))
-        return _Step(batch, new, places)
+        prefix = self._common_blocks()
+        num_blocks = prefix.shape[1]
+        rest = batch.block_tables[:, num_blocks:], batch.seq_lens - num_blocks * self._block_size, batch.cu_seqlens
+        return _Step(batch, new, places, prefix, rest)
+
+    def _common_blocks(self) -> npt.NDArray[np.int32]:
+        """The blocks that all rows begin with, before all new tokens, if to read them once saves enough."""
+        most = min(sequence.num_tokens for sequence in self._rows) // self._block_size
+        if (len(self._rows) - 1) * most * self._block_size < _WORTH:
+            return np.zeros((1, 0), np.int32)
+        tables = np.stack([sequence.block_table[:most] for sequence in self._rows])
+        alike = np.append((tables == tables[0]).all(0), False)
+        common = int(alike.argmin())
+        worth = (len(self._rows) - 1) * common * self._block_size >= _WORTH
+        return tables[:1, : common if worth else 0]
 
     def _tokens(self, new: _Bools) -> list[npt.NDArray[np.int64]]:
         """The token ids of each row. What is not known is a number of its own, lest it be found."""
@@ -410,17 +433,22 @@ class PagedCache(Cache):
         num_rows, _, num_columns, _ = query.shape
         if self._step is None:
             self._step = self._prepare(num_rows, num_columns, mask)
-        batch, new, places = self._step
+        batch, new, places, prefix, rest = self._step
 
         def packed(states: torch.Tensor) -> Any:  # [rows, heads, columns, dim] as [num_tokens, heads, dim]
             tokens = states.transpose(1, 2).flatten(0, 1)
             return (tokens if places is None else tokens[places]).detach()
 
         self._written[handed.layer].update(packed(handed.key), packed(handed.value), batch.slot_mapping)
-        out = self._attended[handed.layer].attend(
-            packed(query), batch.block_tables, batch.seq_lens, batch.cu_seqlens, max_seqlen_q=batch.max_seqlen_q,
-            **options,
-        )  # fmt: skip
+        layer, queries, options["max_seqlen_q"] = self._attended[handed.layer], packed(query), batch.max_seqlen_q
+        if prefix.size and options["window_size"] == (-1, -1):
+            behind = layer.attend(queries, *rest, return_lse=True, **options)
+            length, count = prefix.shape[1] * layer.block_size, batch.num_tokens
+            options.update(sinks=None, max_seqlen_q=count, causal=False, return_lse=True)
+            shared = layer.attend(queries, prefix, [length], [0, count], **options)
+            out, _ = merge_attention_states(*shared, *behind)
+        else:
+            out = layer.attend(queries, batch.block_tables, batch.seq_lens, batch.cu_seqlens, **options)
         self._layers_done += 1
         if self._layers_done == len(self):
             real = np.concatenate([self._real, new], axis=1)

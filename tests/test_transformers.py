@@ -23,6 +23,7 @@ transformers = pytest.importorskip(
 )
 
 from cupy_pagedkv import OutOfBlocksError  # noqa: E402
+from cupy_pagedkv import transformers as adapter  # noqa: E402
 from cupy_pagedkv.transformers import _KEYWORD, PagedCache  # noqa: E402
 
 torch.set_num_threads(1)
@@ -343,6 +344,32 @@ def test_the_model_tells_tokens_once_however_many_caches_there_are():
     assert not models("phi3")[0]._forward_pre_hooks
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prefix_in_common_is_attended_to_once_for_all_rows(monkeypatch, name, dtype):
+    """With softcap, with sinks, of latents; layers with a window have their own way."""
+    eager, ours = models(name, dtype)
+    exact = copy.deepcopy(eager).float()
+    calls = []
+    merge = adapter.merge_attention_states
+    monkeypatch.setattr(adapter, "merge_attention_states", lambda *states: calls.append(1) or merge(*states))
+    errors = []
+    start, ends = prompts(40)["input_ids"], torch.tensor([[3, 9], [7, 4], [8, 8], [5, 2]])
+    for worth in (1, 10**6):
+        monkeypatch.setattr(adapter, "_WORTH", worth)
+        logits = []
+        for model, cache in ((ours, paged(ours)), (exact, theirs(exact))):
+            step(model, cache, start)
+            cache.batch_repeat_interleave(4)
+            logits.append(step(model, cache, ends).float())
+        errors.append((logits[0] - logits[1]).abs().mean().item())
+        assert len(calls) == {"mistral": 0, "phi3": 0}.get(name, 1 if "sliding_window" in MODELS[name][1] else 3)
+    if dtype == torch.float32:
+        assert max(errors) < 1e-5
+    else:
+        assert 0 < errors[0] < 1.3 * errors[1]
+
+
 # The cache's own methods, by hand.
 
 
@@ -368,10 +395,12 @@ actions = st.lists(
 )
 
 
+@pytest.mark.parametrize("worth", [1, 10**6])
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(actions=actions, lengths=st.lists(st.integers(1, 20), min_size=1, max_size=4), prefix_caching=st.booleans())
-def test_any_history_gives_the_logits_of_a_dynamic_cache(name, actions, lengths, prefix_caching):
+def test_any_history_gives_the_logits_of_a_dynamic_cache(monkeypatch, name, worth, actions, lengths, prefix_caching):
+    monkeypatch.setattr(adapter, "_WORTH", worth)  # a common prefix is attended to by a call of its own, or never
     eager, ours = models(name)
     caches = paged(ours, num_blocks=400, prefix_caching=prefix_caching), transformers.DynamicCache()
     rng = np.random.default_rng(len(actions))
