@@ -5,6 +5,7 @@ wrong position, changes the tokens.
 """
 
 import copy
+import doctest
 import functools
 import subprocess
 import sys
@@ -22,6 +23,7 @@ transformers = pytest.importorskip(
     "transformers", "5.23", reason="the models are transformers': pip install -e '.[hf]'"
 )
 
+import cupy_pagedkv.transformers  # noqa: E402
 from cupy_pagedkv import OutOfBlocksError  # noqa: E402
 from cupy_pagedkv import transformers as adapter  # noqa: E402
 from cupy_pagedkv.transformers import _KEYWORD, PagedCache  # noqa: E402
@@ -724,6 +726,11 @@ def test_the_benchmark_compares_what_is_alike(monkeypatch):
     assert set(runs[-1].seconds) == {hf.OURS, hf.DYNAMIC, hf.STATIC, hf.BY_HAND}
     assert len(list(hf.generation_lines(runs))) == 6
     assert [line.split()[0] in ("met", "MISSED") for line in hf.generation_bars(runs)] == [True] * 3
+
+
+def test_the_example_of_the_module():
+    failed, tried = doctest.testmod(cupy_pagedkv.transformers)
+    assert (failed, tried) == (0, 6)
 
 
 def test_nothing_else_imports_pytorch():
