@@ -182,6 +182,24 @@ def test_memory_elsewhere_is_refused(pools, device_type, message):
         paged_attention(key, *pools, Foreign(np.array([[0]]), 8), [1])
 
 
+def test_indices_of_a_library_without_dtypes(pools):
+    """As PyArrow's arrays have none."""
+
+    class Bare:
+        def __init__(self, array: np.ndarray) -> None:
+            self._array = array
+
+        def __dlpack__(self, **kwargs: Any) -> Any:
+            return self._array.__dlpack__(**kwargs)
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return 1, 0
+
+    key = np.ones((1, 2, 16), np.float32)
+    reshape_and_cache(key, key, *pools, Bare(np.array([3])))
+    assert (pools[:, 0, 3] == 1).all()
+
+
 def test_what_does_not_speak_dlpack_is_refused(pools):
     with pytest.raises(TypeError, match="key must be a NumPy or CuPy array, or speak DLPack, got list"):
         reshape_and_cache([[1.0]], np.ones((1, 2, 16), np.float32), *pools, [0])
@@ -233,6 +251,17 @@ def test_pytorch_float8_moves_as_bytes(torch):
         assert gather_cache(pool, pool, [[1]], [2])[0].dtype is getattr(torch, name)
 
 
+def test_a_subclass_of_pytorchs_tensor(torch, pools):
+    class Parameter(torch.Tensor):
+        pass
+
+    query = torch.ones(1, 2, 16).as_subclass(Parameter)
+    assert isinstance(paged_attention(query, *pools, [[0]], [3]), torch.Tensor)
+    half = torch.zeros(2, 6, 4, 2, 16, dtype=torch.bfloat16)
+    result = paged_attention(query.to(torch.bfloat16), half[0], half[1], [[0]], [3])
+    assert result.dtype is torch.bfloat16
+
+
 def test_pytorch_tokens_and_blocks(torch):
     manager = KVCacheManager(LayeredPagedKVCache(1, 8, 4, 2, 16, "float32", "cpu"))
     sequence = manager.add(torch.arange(9))
@@ -247,7 +276,8 @@ def test_pytorch_tokens_and_blocks(torch):
 def test_pytorch_tensors_that_cannot_be_shared(torch, pools):
     key = torch.ones(1, 2, 16)
     for bad, message in (
-        (torch.ones(1, 2, 16, requires_grad=True), r"key needs gradients, which end here; give key.detach\(\)"),
+        (torch.ones(1, 2, 16, requires_grad=True), r"gradients of key are wanted, .*; give key.detach\(\)"),
+        (torch.ones(1, 2, 16, dtype=torch.complex64).conj().imag, r"negative .*; give key.resolve_neg\(\)"),
         (key.to_sparse(), "key, of type Tensor, cannot be shared by DLPack: .*give a dense array"),
         (key.to("meta"), "key, of type Tensor, cannot be shared by DLPack: .*meta"),
         (torch.ones(1, 2, 16, dtype=torch.complex64).conj(), "cannot be shared by DLPack: .*conjugate"),

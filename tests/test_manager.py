@@ -891,6 +891,15 @@ def test_integrity_states_its_numbers(served):
     manager.check_integrity()
 
 
+def test_masked_tokens_are_what_they_hold(served):
+    tokens = np.ma.masked_equal(np.arange(33), 5)
+    served.free(served.run(range(33)))
+    sequence = served.manager.add(tokens)
+    assert sequence.num_cached_tokens == 32
+    assert type(sequence.remaining) is np.ndarray
+    served.manager.free(sequence)
+
+
 # Cost
 
 
@@ -957,6 +966,23 @@ def test_what_is_gone_leaves_no_cycles(served):
         served.truncate(sequence, 1)
         served.append(sequence, [1])
         served.free(sequence)
+        assert not len(served.manager._pool._roots)
+    finally:
+        gc.enable()
+
+
+def test_runs_that_were_joined_leave_no_cycles(served):
+    served.free(served.run(range(160), "salt"))
+    gc.collect()
+    gc.disable()
+    try:
+        for length in (97, 65, 33):
+            served.free(served.add(range(length), "salt"))
+        runs = [weakref.ref(run) for run in served.manager._pool._line]
+        assert len(runs) == 4
+        served.free(served.add(range(161), "salt"))
+        assert [run() is None for run in runs] == [False, True, True, True]
+        served.reset_prefix_cache()
         assert not len(served.manager._pool._roots)
     finally:
         gc.enable()

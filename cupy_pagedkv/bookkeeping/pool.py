@@ -77,8 +77,9 @@ class BlockPool:
     >>> blocks
     array([0], dtype=int32)
 
-    A call costs what its own blocks cost, whatever the size of the pool, but for :meth:`clear` and :meth:`check`, and
-    for the growth of Python's dictionaries. A call that raises changes nothing. Not thread-safe.
+    A call costs what its own blocks cost, and to copy the tokens of runs that it splits or joins, whatever the size of
+    the pool, but for :meth:`clear` and :meth:`check`, and for the growth of Python's dictionaries. A call that raises
+    changes nothing. Not thread-safe.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -143,9 +144,11 @@ class BlockPool:
         cached = gone.copy()
         cached[max(0, known - first) :] = False
         if self._twins:  # what they hold is found in another block
-            for i in np.flatnonzero(cached).tolist():
-                assert run is not None
-                cached[i] = not self._leave_to_twin(run.at(first + i + 1), first + i, int(blocks[i]))
+            at = run
+            for i in np.flatnonzero(cached)[::-1].tolist():
+                assert at is not None
+                at = at.at(first + i + 1)
+                cached[i] = not self._leave_to_twin(at, first + i, int(blocks[i]))
         self._allocator.free(blocks[gone & ~cached][::-1])
         if cached.any():  # and then all behind that are known, too
             assert run is not None
@@ -396,6 +399,8 @@ class BlockPool:
                 run.blocks = array("i", b"".join(part.blocks.tobytes() for part in parts))
                 run.tokens = bytearray().join(part.tokens for part in parts)
                 run.parent, run.first = parent, above[-1].first
+                for part in above:
+                    part.children.clear()  # or they would keep each other
                 parent.children[bytes(run.tokens[: self._bytes])] = run
             self._line.append(run)
             run = parent

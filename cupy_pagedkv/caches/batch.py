@@ -139,7 +139,8 @@ class Batch:
         return int(self.host_seq_lens.max(initial=0))
 
     def to_csr(self) -> CSRTables:
-        """``block_tables`` and ``seq_lens`` in the form of FlashInfer: new arrays, queued on CuPy's current stream.
+        """``block_tables`` and ``seq_lens`` in the form of FlashInfer: new arrays, queued on CuPy's current stream;
+        of a batch in buffers before another one fills them.
 
         >>> from cupy_pagedkv import KVCacheManager, LayeredPagedKVCache
         >>> manager = KVCacheManager(LayeredPagedKVCache(1, 8, 4, 1, 2, "float16", device="cpu"))

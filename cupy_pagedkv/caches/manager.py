@@ -480,7 +480,7 @@ def _as_tokens(tokens: Any) -> npt.NDArray[np.int32]:
             raise TypeError(f"tokens must be whole numbers on one axis, got {tokens.dtype} of shape {tokens.shape}")
         if len(tokens) and (tokens.min() < -(2**31) or tokens.max() >= 2**31):
             raise ValueError(f"tokens must be from -2**31 to 2**31 - 1, got {tokens.min()} to {tokens.max()}")
-        return tokens.astype(np.int32)
+        return np.asarray(tokens).astype(np.int32)  # of a masked array all it holds
     if not isinstance(tokens, Sequence) or isinstance(tokens, str | bytes | bytearray):
         raise TypeError(f"tokens must be a list of ints or a NumPy array on the host, got {type(tokens)}")
     try:

@@ -34,7 +34,9 @@ def array_of(name: str, array: Any) -> Any:
     if _is_ours(array) or not hasattr(array, "__dlpack__"):
         return array
     if getattr(array, "requires_grad", False):
-        raise TypeError(f"{name} needs gradients, which end here; give {name}.detach()")
+        raise TypeError(f"gradients of {name} are wanted, and end here; give {name}.detach()")
+    if hasattr(array, "is_neg") and array.is_neg():  # PyTorch shares the memory without a word of the sign
+        raise TypeError(f"{name} is the negative of what its memory holds; give {name}.resolve_neg()")
     try:
         device_type, _ = array.__dlpack_device__()
         if device_type in _HOST:
@@ -45,7 +47,7 @@ def array_of(name: str, array: Any) -> Any:
             from_dlpack = cupy.from_dlpack
         else:
             raise BufferError(f"it is in the memory of device type {int(device_type)} of DLPack")
-        dtype = str(array.dtype).rpartition(".")[2]
+        dtype = str(getattr(array, "dtype", "")).rpartition(".")[2]
         if dtype.startswith(("bfloat16", "float8", "float4")):  # which NumPy's from_dlpack does not know
             kind = as_dtype(dtype)
             of_bits = getattr(_library_of(array), f"uint{8 * kind.itemsize}")
@@ -78,4 +80,8 @@ def _library_of(array: Any) -> Any:
     """What has ``from_dlpack`` and dtypes by name: the namespace of the array API standard, or PyTorch's module."""
     if hasattr(array, "__array_namespace__"):
         return array.__array_namespace__()
-    return sys.modules[type(array).__module__.partition(".")[0]]
+    for kind in type(array).__mro__:  # a tensor may be of somebody's subclass
+        library = sys.modules.get(kind.__module__.partition(".")[0])
+        if hasattr(library, "from_dlpack"):
+            return library
+    raise TypeError(f"{type(array).__name__} is of no library that has from_dlpack")
