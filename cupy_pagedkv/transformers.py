@@ -110,7 +110,9 @@ class PagedCache(Cache):
         cache holds W − 1.
     prefix_caching
         Share blocks between rows, and with earlier batches, by their token ids. The model tells them to the cache
-        by a hook on its ``forward``, which is put there once. :meth:`begin` finds what a batch shares.
+        by a hook on its ``forward``, which is put there once. :meth:`begin` finds what a batch shares. Tokens beside
+        images, and at other positions than their own, are not found. When weights or adapters change, what is there
+        is wrong: ``cache.reset()``, then ``cache.manager.reset_prefix_cache()``.
 
     A mask may hide any new tokens: on the left, where ``generate`` wants its padding, or elsewhere; a window counts
     those that are not hidden. Masks of four axes, and bidirectional ones, are refused.
@@ -129,6 +131,11 @@ class PagedCache(Cache):
         super().__init__(layers=[])
         config = model.config.get_text_config(decoder=True)
         _check_layers(config)
+        if prefix_caching and (kinds := _rope_types(config) & {"dynamic", "longrope"}):
+            raise ValueError(
+                f"rope_type {kinds.pop()!r} makes other K of a prefix in a longer prompt, so that none can be shared: "
+                "prefix_caching=False"
+            )
         self._model = model
         self._config = config
         self._dtype, self._device = model.dtype, model.device
@@ -157,6 +164,7 @@ class PagedCache(Cache):
         self._layers_done = 0  # of that
         self._handed: _Handed | None = None
         self._ids: torch.Tensor | None = None  # what the running forward computes, where the model said so
+        self._positions: torch.Tensor | None = None
         self._num_unknown = 0
         if prefix_caching and model not in _telling_ids:
             model.register_forward_pre_hook(_tell_ids, with_kwargs=True)
@@ -178,7 +186,8 @@ class PagedCache(Cache):
         what is behind them. That is one number, as transformers computes as many columns of each row: that of the row
         that has least. The rows of before are let go of.
 
-        With beams, ``batch_repeat_interleave(num_beams)`` has to follow, since ``generate`` repeats the prompts.
+        With beams, or ``num_return_sequences``, ``batch_repeat_interleave(n)`` has to follow, since ``generate``
+        repeats the prompts. Prompts are text: there is no place for images.
 
         Raises ``ValueError`` without ``prefix_caching`` and for a mask with padding elsewhere, and what a forward does.
         """
@@ -367,8 +376,8 @@ class PagedCache(Cache):
             return np.ones((num_rows, num_columns), np.bool_)
         if mask.shape != (num_rows, num_columns):
             raise ValueError(
-                f"attention_mask must be [rows, columns], ({num_rows}, {num_columns}), those in the cache among them; "
-                f"got {tuple(mask.shape)}"
+                f"attention_mask must be [rows, columns], ({num_rows}, {num_columns}), those in the cache among them, "
+                f"got {tuple(mask.shape)}; what the cache holds stays for longer prompts, or cache.reset() begins anew"
             )
         real: _Bools = mask.cpu().numpy().astype(np.bool_)
         return real
@@ -376,20 +385,20 @@ class PagedCache(Cache):
     def _prepare(self, num_rows: int, num_columns: int, mask: torch.Tensor | None) -> _Step:
         """Open the batch of a forward. On a GPU a mask is waited for, since the books are kept on the host."""
         past = self.get_seq_length()
-        if past == 0:
-            self.reset()
-            self._rows = [self._manager.add([]) for _ in range(num_rows)]
-            self._real = np.zeros((num_rows, 0), np.bool_)
-        elif num_rows != len(self._rows):
+        if past and num_rows != len(self._rows):
             raise ValueError(
                 f"the cache holds a batch of {len(self._rows)} rows, but got {num_rows}: cache.reset() begins anew"
             )
         real = self._as_mask(mask, num_rows, past + num_columns)
-        if (real[:, :past] != self._real).any():
+        if past and (real[:, :past] != self._real).any():
             raise ValueError(
                 "attention_mask takes for padding what the cache has for tokens, or the other way round: give the mask "
                 "of all columns, as it was, with the new ones at the end; or begin anew, by cache.reset()"
             )
+        if not past:
+            self.reset()
+            self._rows = [self._manager.add([]) for _ in range(num_rows)]
+            self._real = np.zeros((num_rows, 0), np.bool_)
         new = real[:, past:]
         places = None if new.all() else torch.as_tensor(np.flatnonzero(new), device=self._device)
         batch = self._manager.prepare(dict(zip(self._rows, self._tokens(new), strict=True)))
@@ -410,17 +419,23 @@ class PagedCache(Cache):
         return tables[:1, : common if worth else 0]
 
     def _tokens(self, new: _Bools) -> list[npt.NDArray[np.int64]]:
-        """The token ids of each row. What is not known is a number of its own, lest it be found."""
+        """The token ids of each row. What is not known, or does not stand where it would in a prompt of its own, is a
+        number of its own, lest it be found."""
         counts = new.sum(1)
-        ids, self._ids = self._ids, None
+        ids, positions, self._ids, self._positions = self._ids, self._positions, None, None
         if not self._prefix_caching:
             return [np.zeros(count, np.int64) for count in counts]
-        if ids is not None and ids.shape == new.shape:
-            on_host = ids.cpu().numpy()
-            return [on_host[i, row] for i, row in enumerate(new)]
         first, self._num_unknown = self._num_unknown, self._num_unknown + int(counts.sum())
-        unknown = -1 - np.arange(first, self._num_unknown)
-        return np.split(unknown, np.cumsum(counts)[:-1])
+        tokens = np.split(-1 - np.arange(first, self._num_unknown), np.cumsum(counts)[:-1])
+        if ids is None or ids.shape != new.shape or (positions is not None and positions.ndim != 2):
+            return tokens
+        on_host = ids.cpu().numpy()
+        # Without positions, transformers counts columns, padding among them.
+        stand = self.get_seq_length() + np.arange(new.shape[1])[None] if positions is None else positions.cpu().numpy()
+        for i, (sequence, stands) in enumerate(zip(self._rows, np.broadcast_to(stand, new.shape), strict=True)):
+            if np.array_equal(stands[new[i]], sequence.num_tokens + np.arange(counts[i])):
+                tokens[i] = on_host[i, new[i]]
+        return tokens
 
     def _attend(
         self, module: Any, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, **options: Any
@@ -566,8 +581,15 @@ AttentionMaskInterface.register(ATTENTION, _mask)
 def _no_cache() -> ValueError:
     return ValueError(
         f"attn_implementation={ATTENTION!r} attends over a PagedCache: give the model one, "
-        f"{_KEYWORD}=PagedCache(model, num_blocks), or call model.set_attn_implementation('sdpa')"
+        f"{_KEYWORD}=PagedCache(model, num_blocks), or call model.set_attn_implementation('sdpa'). Some models and "
+        "options put another cache in its place (guidance_scale, assistant_early_exit, Phi-3's longrope past its "
+        "original length), or change K behind it; a model of images wants set_attn_implementation({'text_config': …})"
     )
+
+
+def _rope_types(config: Any) -> set[Any]:
+    of_all = getattr(config, "rope_parameters", None) or {}
+    return {each.get("rope_type") for each in (of_all, *of_all.values()) if isinstance(each, dict)}
 
 
 def _check_layers(config: Any) -> None:
@@ -585,6 +607,9 @@ def _check_layers(config: Any) -> None:
         )
 
 
+_NOT_TEXT = ("pixel_", "image", "video", "audio", "input_features")
+"""Inputs of a forward that make of one token id different K and V."""
+
 _telling_ids: "weakref.WeakSet[Any]" = weakref.WeakSet()
 """The models that have the two hooks."""
 
@@ -595,13 +620,17 @@ def _cache_of(kwargs: dict[str, Any]) -> PagedCache | None:
 
 
 def _tell_ids(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if (cache := _cache_of(kwargs)) is not None:
+    if (cache := _cache_of(kwargs)) is None:
+        return
+    cache._ids = cache._positions = None
+    if not any(value is not None and name.startswith(_NOT_TEXT) for name, value in kwargs.items()):
         cache._ids = kwargs.get("input_ids", args[0] if args else None)
+        cache._positions = kwargs.get("position_ids")
 
 
 def _forget_ids(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     if (cache := _cache_of(kwargs)) is not None:
-        cache._ids = None
+        cache._ids = cache._positions = None
 
 
 def _stream(device: torch.device) -> AbstractContextManager[Any]:

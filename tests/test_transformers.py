@@ -26,7 +26,7 @@ transformers = pytest.importorskip(
 import cupy_pagedkv.transformers  # noqa: E402
 from cupy_pagedkv import OutOfBlocksError  # noqa: E402
 from cupy_pagedkv import transformers as adapter  # noqa: E402
-from cupy_pagedkv.transformers import _KEYWORD, PagedCache  # noqa: E402
+from cupy_pagedkv.transformers import _KEYWORD, PagedCache, _tell_ids  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -338,6 +338,41 @@ def test_what_nobody_said_the_tokens_of_is_not_found():
         assert cache.begin(**inputs) == 32
 
 
+def test_tokens_at_other_positions_or_beside_images_are_not_found():
+    _, ours = models("llama")
+    cache, one, two = paged(ours, prefix_caching=True), prompts(40), prompts(40, 30, seed=1)
+    ids, alone = one["input_ids"], {"input_ids": two["input_ids"][1:, 10:]}
+    with torch.no_grad():
+        ours(ids, position_ids=3 * torch.arange(40)[None], **{_KEYWORD: cache})
+        assert cache.begin(ids) == 0
+        ours(**two, **{_KEYWORD: cache})  # whose second row counts its padding
+        assert cache.begin(**alone) == 0
+        kwargs = {"input_ids": ids, "pixel_values": torch.zeros(1), _KEYWORD: cache}
+        _tell_ids(ours, (), kwargs)
+        ours.model(ids, **{_KEYWORD: cache})
+        assert cache.begin(ids) == 0
+        positions = (two["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        ours(**two, position_ids=positions, **{_KEYWORD: cache})
+        assert cache.begin(**alone) == 24
+
+
+def test_a_prefix_is_not_shared_where_its_keys_depend_on_the_length():
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    config = transformers.LlamaConfig(**SMALL, rope_parameters=rope, attn_implementation=OURS)
+    model = transformers.LlamaForCausalLM(config)
+    paged(model)
+    with pytest.raises(ValueError, match="rope_type 'dynamic' makes other K of a prefix .*: prefix_caching=False"):
+        paged(model, prefix_caching=True)
+
+
+def test_a_refused_mask_leaves_a_fresh_cache_as_it_was():
+    _, ours = models("llama")
+    cache = paged(ours)
+    with pytest.raises(ValueError, match="or cache.reset\\(\\) begins anew"), torch.no_grad():
+        ours(torch.ones(2, 9, dtype=torch.long), attention_mask=torch.ones(2, 8), **{_KEYWORD: cache})
+    assert (cache.batch_size, cache.get_seq_length(), cache.manager.sequences) == (-1, 0, ())
+
+
 def test_the_model_tells_tokens_once_however_many_caches_there_are():
     _, ours = models("phi3")
     for _ in range(3):
@@ -614,7 +649,7 @@ def test_masks_that_do_not_fit_are_refused():
     _, ours = models("llama")
     ids, mask = prompts(9, 5).values()
     cache = paged(ours)
-    with pytest.raises(ValueError, match=r"\(2, 9\), those in the cache among them; got \(2, 8\)"), torch.no_grad():
+    with pytest.raises(ValueError, match=r"\(2, 9\), those in the cache among them, got \(2, 8\)"), torch.no_grad():
         ours(ids, attention_mask=mask[:, 1:], **{_KEYWORD: cache})
     with (
         pytest.raises(ValueError, match=r"attention_mask must be \[rows, columns\].* got \(2, 1, 9, 9\)"),
