@@ -502,7 +502,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_attention(
     const char* table = block_tables + seq * table_stride;
     const auto look_up = [&](Places& places, int tile) {
         if (threadIdx.x >= TILE) return;
-        const int p = tile * TILE + threadIdx.x;
+        const int p = (int)((unsigned)tile * TILE + threadIdx.x);  // ahead of the end it may wrap, and nobody sees it
         long long k = NOWHERE, v = NOWHERE;
         if (any.has(p)) {
             const long long block = *(const TABLE_T*)(table + p / BLOCK_SIZE * entry_stride);
