@@ -288,8 +288,7 @@ def eviction_chore(rounds: int) -> Chore:
     def behind(hits: bool) -> Callable[[], float]:
         manager = a_manager(sum(lengths) // BLOCK_SIZE)
         for prompt in prompts:
-            with manager.add(prompt) as sequence:
-                manager.commit(manager.prepare({sequence: prompt}))
+            come_and_go(manager, prompt)
         remaining = iter(prompts[::2])
 
         def ours() -> float:
