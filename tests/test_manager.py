@@ -914,6 +914,9 @@ class Watched(np.ndarray):
 
     @staticmethod
     def _watched(function: Any, inputs: Any, kwargs: Any) -> Any:
+        inputs = [  # of which some are lists of arrays
+            [np.asarray(a) if isinstance(a, Watched) else a for a in i] if isinstance(i, list) else i for i in inputs
+        ]
         arrays = [*inputs, *kwargs.values(), *kwargs.get("out", ())]
         assert all(array.size < 1000 for array in arrays if isinstance(array, np.ndarray)), function
         plain = {name: value for name, value in kwargs.items() if name != "out"}

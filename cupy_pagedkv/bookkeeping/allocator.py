@@ -15,19 +15,21 @@ __all__ = ["BlockAllocator", "BlockAllocatorStats", "OutOfBlocksError"]
 class OutOfBlocksError(RuntimeError):
     """More blocks were wanted than are free. Nothing was taken.
 
-    ``wanted``, ``free`` and ``total`` are the numbers of blocks.
+    ``wanted``, ``free`` and ``total`` are the numbers of blocks, or of ``what`` else.
     """
 
     __module__ = "cupy_pagedkv"  # where users import it from, and so what a traceback says
 
-    def __init__(self, wanted: int, free: int, total: int) -> None:
-        super().__init__(wanted, free, total)
+    def __init__(self, wanted: int, free: int, total: int, what: str = "blocks") -> None:
+        super().__init__(wanted, free, total, what)
         self.wanted = wanted
         self.free = free
         self.total = total
+        self.what = what
 
     def __str__(self) -> str:
-        return f"{self.wanted} blocks wanted, {self.free} of {self.total} are free; free some, or make the pool larger"
+        remedy = f"make {'the pool' if self.what == 'blocks' else 'host_blocks'} larger"
+        return f"{self.wanted} {self.what} wanted, {self.free} of {self.total} are free; free some, or {remedy}"
 
 
 @dataclass(frozen=True, slots=True)

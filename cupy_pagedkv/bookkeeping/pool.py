@@ -3,6 +3,11 @@
 A block is *free*, *live* (it has owners) or *cached* (it has none, but is found by its tokens until it is needed for
 others), and free + live + cached is always the whole pool.
 
+Where there is a second tier, cached blocks that are needed for others go to *places* in host memory, numbered on from
+the pool's blocks, and are found there. What comes back into the pool leaves its place as a *spare*: as long as nobody
+needs that for something else, the block can go again without a copy. Spares are given up first, so that pool and places
+together hold what one larger pool would.
+
 What is found is an exact trie, whose nodes are runs of blocks::
 
     root ── run [the, cat | sat, on] ─┬─ run [a, mat]
@@ -11,11 +16,11 @@ What is found is an exact trie, whose nodes are runs of blocks::
 Tokens are compared, and no key is a hash of anything. A run is split where a prompt parts from it, and where a part of
 it gains or loses its owners: so all of its blocks are live, or all are cached, and were let go at once. As who owns a
 block owns those before it, or twins of theirs, what lies behind a cached run is cached and was let go before; therefore
-what is evicted is always the end of a run that nothing lies behind.
+what is evicted is always the end of a run that nothing lies behind. What lies behind a run on the host is there, too.
 """
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias
 from weakref import WeakValueDictionary
 
@@ -23,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .allocator import BlockAllocator, OutOfBlocksError
+from .places import Places
 
 __all__ = ["BlockPool", "Run", "Salt"]
 
@@ -38,13 +44,15 @@ class Run:
     the former: where a run is split, or joined with the one before, the object goes on as the last part.
     """
 
-    __slots__ = ("__weakref__", "blocks", "children", "first", "newer", "older", "parent", "tokens")
+    __slots__ = ("__weakref__", "blocks", "children", "first", "newer", "older", "on_host", "parent", "tokens")
 
     def __init__(self, parent: "Run | None" = None, first: int = 0) -> None:
         self.parent = parent
         self.first = first
         """Blocks before it."""
         self.blocks = array("i")
+        self.on_host = False
+        """Whether ``blocks`` are places on the host."""
         self.tokens = bytearray()
         self.children: dict[bytes, Run] = {}
         """By the tokens of their first block."""
@@ -79,18 +87,32 @@ class BlockPool:
 
     A call costs what its own blocks cost, and to copy the tokens of runs that it splits or joins, whatever the size of
     the pool, but for :meth:`clear` and :meth:`check`, and for the growth of Python's dictionaries. A call that raises
-    changes nothing. Not thread-safe.
+    changes nothing, but that where ``store`` does, cached blocks on the host may be gone. Not thread-safe.
+
+    With ``num_places``, ``store(blocks, places)`` is to copy blocks of the pool to places in host memory, or to queue
+    that before whatever is written to these blocks next.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_places: int = 0,
+        store: Callable[[_Blocks, _Blocks], object] = lambda blocks, places: None,
+    ) -> None:
         self._allocator = BlockAllocator(num_blocks, block_size)
+        self._places = Places(num_blocks, num_places, block_size)
+        self._store = store
         self._bytes = 4 * block_size  # of the tokens of a block
-        self._owners = np.zeros(num_blocks, np.int32)
+        self._owners = np.zeros(num_blocks + num_places, np.int32)  # of places, too
         self._roots: WeakValueDictionary[tuple[type, Salt], Run] = WeakValueDictionary()
         self._line = _Line()
+        self._host_line = _Line()
         # Live blocks that hold the same as another that is found, and live: {that one: the others}.
         self._twins: dict[int, set[int]] = {}
         self.evictions = 0
+        self.offloaded = 0
+        """Blocks that were copied to the host."""
 
     @property
     def num_blocks(self) -> int:
@@ -103,13 +125,29 @@ class BlockPool:
         return self._line.num_blocks
 
     @property
+    def num_places(self) -> int:
+        """Places on the host."""
+        return self._places.total
+
+    @property
+    def num_cached_places(self) -> int:
+        """Places that nobody owns, and that hold what is found nowhere else."""
+        return self._host_line.num_blocks
+
+    @property
+    def num_available_places(self) -> int:
+        """Places that could be taken at once: those that are free, spare or cached."""
+        return self._places.num_free + len(self._places.spare) + self._host_line.num_blocks
+
+    @property
     def num_available(self) -> int:
         """Blocks that :meth:`take` could give at once: the free and the cached ones."""
         return self._allocator.free_block_count + self._line.num_blocks
 
     def take(self, count: int) -> _Blocks:
         """``count`` blocks with one owner each, all or none; cached ones, the one longest without an owner first, where
-        there are not enough free ones. Raises :class:`~cupy_pagedkv.OutOfBlocksError`."""
+        there are not enough free ones: these go to the host, as far as there is room. Raises
+        :class:`~cupy_pagedkv.OutOfBlocksError`, and what ``store`` does."""
         if count > self.num_available:
             raise OutOfBlocksError(count, self.num_available, self.num_blocks)
         missing = count - self._allocator.free_block_count
@@ -120,25 +158,32 @@ class BlockPool:
         self._owners[blocks] = 1
         return blocks
 
-    def share(self, blocks: _Blocks, run: Run, known: int) -> None:
-        """Give each of ``blocks``, live or cached and all different, one more owner, the first ``known`` of which are
-        the prefix that ends at ``run``."""
+    def share(self, blocks: _Blocks, run: Run, known: int, first: int = 0) -> None:
+        """Give each of ``blocks``, live or cached and all different, one more owner. They are those of a sequence from
+        its block ``first`` on, places behind blocks of the pool; its first ``known`` are the prefix that ends at
+        ``run``."""
         self._owners[blocks] += 1
-        run = run.at(known)
-        if run.newer is not None and known < run.end:
-            run = self._split(run, known)
-        while run.newer is not None:
-            self._line.remove(run)
-            assert run.parent is not None
-            run = run.parent
+        in_pool = min(known, first + self._in_pool(blocks))
+        for on_host, end in ((True, known), (False, in_pool)) if in_pool < known else ((False, known),):
+            at = run.at(end)
+            if at.on_host is on_host and at.newer is not None and end < at.end:
+                at = self._split(at, end)
+            while at.on_host is on_host and at.newer is not None:
+                self._line_of(at).remove(at)
+                assert at.parent is not None
+                at = at.parent
 
     def release(self, blocks: _Blocks, first: int = 0, run: Run | None = None, known: int = 0) -> None:
-        """Take an owner from each of ``blocks``, which are all different, and a sequence's from its block ``first`` on;
-        its first ``known`` blocks are the prefix that ends at ``run``.
+        """Take an owner from each of ``blocks``, which are all different, and a sequence's from its block ``first`` on,
+        places behind blocks of the pool; its first ``known`` are the prefix that ends at ``run``.
 
         Those that are left without are cached, if they are found by their tokens, and free otherwise; the last of them
         will be the first to be used again, since nothing is found behind a block that is gone.
         """
+        in_pool = self._in_pool(blocks)
+        if in_pool < len(blocks):
+            self._release_places(blocks[in_pool:], first + in_pool, run, known)
+            blocks, known = blocks[:in_pool], min(known, first + in_pool)
         self._owners[blocks] -= 1
         gone = self._owners[blocks] == 0
         cached = gone.copy()
@@ -154,16 +199,85 @@ class BlockPool:
             assert run is not None
             self._retire(run.at(known), first + int(cached.argmax()))
 
-    def writers_that_copy(self, blocks: npt.NDArray[np.integer]) -> list[int]:
+    def offload(self, blocks: _Blocks, run: Run, known: int) -> _Blocks:
+        """Copy the blocks of a sequence to the host, and let go of those of the pool; returns the places, which it owns
+        instead. Its first ``known`` blocks are the prefix that ends at ``run``.
+
+        Raises :class:`~cupy_pagedkv.OutOfBlocksError` where too few places can be taken, and what ``store`` does.
+        """
+        in_pool = self._in_pool(blocks)
+        ours = blocks[:in_pool]
+        end = min(known, in_pool)
+        found = ours[:end].copy()
+        while self._twins and end:  # one of which is found, and paired
+            at = run.at(end)
+            found[at.first : end] = at.blocks[: end - at.first]
+            end = at.first
+        places = np.full(in_pool, -1, np.int32)
+        places[: len(found)] = self._places.of(found)
+        missing = places < 0
+        wanted, spares = int(np.count_nonzero(missing)), self._unspare(places[~missing])
+        available = self.num_available_places
+        try:
+            if wanted > available:
+                raise OutOfBlocksError(wanted, available, self.num_places, "places on the host")
+            places[missing] = new = self._take_places(wanted)
+            try:
+                self._copy_out(ours[missing], new)
+            except BaseException:
+                self._places.free(new)
+                raise
+        except BaseException:
+            self._places.spare.update(dict.fromkeys(spares))
+            raise
+        self._places.pair(found, places[: len(found)])
+        self._owners[places] += 1
+        self.release(ours, 0, run, known)
+        return np.concatenate([places, blocks[in_pool:]])
+
+    def blocks_of(self, places: _Blocks) -> _Blocks:
+        """The blocks of the pool that hold what the places do, or −1."""
+        return self._places.blocks_of(places)
+
+    def num_to_keep(self, blocks: _Blocks) -> int:
+        """How many of ``blocks`` are cached, and so count as available."""
+        return int(np.count_nonzero(self._owners[np.unique(blocks)] == 0))
+
+    def divide(self, blocks: _Blocks) -> None:
+        """Let each of ``blocks``, which were just taken, have as many owners as times that it is in there."""
+        distinct, counts = np.unique(blocks, return_counts=True)
+        self._owners[distinct] = counts
+
+    def come_back(self, run: Run, known: int, first: int, places: _Blocks, blocks: _Blocks) -> None:
+        """What a sequence has in ``places`` from its block ``first`` on is in the live ``blocks``, which it owns, now,
+        and it lets go of the places. Its first ``known`` blocks are the prefix that ends at ``run``."""
+        count = max(0, known - first)
+        at = run.at(known)
+        if count and at.on_host and known < at.end:
+            at = self._split(at, known)
+        while at.on_host and at.end > first:
+            at.blocks = array("i", blocks[at.first - first : at.end - first].tobytes())
+            at.on_host = False
+            assert at.parent is not None
+            at = at.parent
+        self._places.pair(blocks[:count], places[:count])
+        self._release_places(places, first, None, 0)
+
+    def writers_that_copy(self, blocks: _Blocks) -> list[int]:
         """Which of the owners that are about to write to ``blocks``, one for each item, must write to a copy instead.
 
-        The last owner of a block writes to the block itself, if all others are about to write, too.
+        The last owner of a block writes to the block itself, if all others are about to write, too. Whoever owns the
+        block's place on the host has to find there, and on the way there, what it knows.
         """
         left: dict[int, int] = {}
         copying = []
-        for i in np.flatnonzero(self._owners[blocks] > 1).tolist():
+        owners_of = self._owners[blocks]
+        if self.num_places:
+            places = self._places.of(blocks)
+            owners_of = owners_of + ((places >= 0) & (self._owners[places] > 0))
+        for i in np.flatnonzero(owners_of > 1).tolist():
             block = int(blocks[i])
-            owners = left.get(block, int(self._owners[block]))
+            owners = left.get(block, int(owners_of[i]))
             if owners > 1:
                 copying.append(i)
             left[block] = owners - 1
@@ -178,7 +292,8 @@ class BlockPool:
         return root
 
     def find(self, root: Run, tokens: bytes) -> tuple[Run, _Blocks]:
-        """The blocks that hold the first of ``tokens``, those of whole blocks, and the run in which they end."""
+        """The blocks that hold the first of ``tokens``, those of whole blocks, and the run in which they end; places
+        behind blocks of the pool."""
         run, blocks, start = root, array("i"), 0
         while start < len(tokens):
             child = run.children.get(tokens[start : start + self._bytes])
@@ -197,6 +312,7 @@ class BlockPool:
 
         Where another live block holds the same already, that one is found as before, and this one takes its place when
         the other loses its last owner. A cached one is freed: its content is now in use, and need not be there twice.
+        A place on the host becomes a spare.
         """
         run, done = run.at(column), 0
         while done < len(blocks):
@@ -218,21 +334,25 @@ class BlockPool:
         only owner will write something else to it, nor what came behind it.
 
         The latter can only be cached, since who owns a block owns those before it, or twins of theirs; it is freed.
+        Nobody owns the block's place on the host.
         """
         run = run.at(column + 1)
         if self._leave_to_twin(run, column, block):
             return
         assert column + 1 == run.end
-        unreachable, behind = array("i"), [*run.children.values()]
+        unreachable: dict[bool, array[int]] = {False: array("i"), True: array("i")}
+        behind = [*run.children.values()]
         run.children.clear()
         while behind:
             gone = behind.pop()
             behind += gone.children.values()
             gone.children.clear()  # or runs and their parents would keep each other
-            self._line.remove(gone)
-            unreachable += gone.blocks
+            self._line_of(gone).remove(gone)
+            unreachable[gone.on_host] += gone.blocks
         self._shorten(run, 1)
-        self._allocator.free(np.array(unreachable, np.int32))
+        self._free_spares(np.array([*unreachable[False], block], np.int32))
+        self._allocator.free(np.array(unreachable[False], np.int32))
+        self._places.free(np.array(unreachable[True], np.int32))
 
     def tokens_at(self, run: Run, column: int) -> npt.NDArray[np.int32]:
         """The tokens of block ``column`` of a prefix that ends at ``run``."""
@@ -241,13 +361,16 @@ class BlockPool:
         return np.frombuffer(bytes(run.tokens[start : start + self._bytes]), np.int32)
 
     def clear(self) -> None:
-        """Free all cached blocks."""
-        self._evict(self._line.num_blocks)
+        """Free all cached blocks, and all places on the host, which nobody owns."""
+        self._places.free(self._drop(self._host_line, self._host_line.num_blocks))
+        self._places.give_up_spares(len(self._places.spare))
+        self._allocator.free(self._drop(self._line, self._line.num_blocks))
 
     def check(self, owners: npt.NDArray[np.integer], prefixes: Iterable[tuple[Run, _Blocks]]) -> None:
         """Raise ``RuntimeError`` unless all adds up, with ``owners`` ``[num_blocks]`` as counted from the sequences,
         and with the known blocks of each and the run that they end at."""
-        live = int(np.count_nonzero(self._owners))
+        places = self._places
+        live = int(np.count_nonzero(self._owners[: places.first]))
         free, cached, total = self._allocator.free_block_count, self._line.num_blocks, self.num_blocks
         if free + live + cached != total:
             raise RuntimeError(f"{free} free + {live} live + {cached} cached blocks are not the pool's {total}")
@@ -256,9 +379,20 @@ class BlockPool:
             block = wrong[0]
             raise RuntimeError(f"block {block} counts {self._owners[block]} owners, but {owners[block]} hold it")
         self._allocator.check_integrity()
+        places.check()
+        is_free = self._allocator._is_free
+        if places.allocator:
+            is_free = np.concatenate([is_free, places.allocator._is_free])
+            ids = np.arange(places.first, places.first + places.total, dtype=np.int32)
+            paired, owned = places.blocks_of(ids) >= 0, self._owners[ids] > 0
+            if set(ids[paired & ~owned].tolist()) != places.spare.keys():
+                raise RuntimeError(f"{len(places.spare)} places are spare, {ids[paired & ~owned].tolist()} should be")
+            used = np.count_nonzero(paired | owned) + self._host_line.num_blocks
+            if used + places.num_free != places.total:
+                raise RuntimeError(f"{used} used + {places.num_free} free places are not all {places.total}")
 
         found: set[int] = set()
-        in_line = {id(run): i for i, run in enumerate(self._line)}
+        in_line = {id(run): i for i, run in enumerate([*self._host_line, *self._line])}
         counted = 0
         runs = [*self._roots.values()]
         for run in runs:  # which grows
@@ -268,21 +402,32 @@ class BlockPool:
                 raise RuntimeError(f"{name} has {len(run.tokens)} bytes of tokens")
             if not found.isdisjoint(run.blocks) or len(set(run.blocks)) < len(run.blocks):
                 raise RuntimeError(f"{name} has blocks that are found elsewhere, too")
+            if any((block >= places.first) is not run.on_host for block in run.blocks):
+                raise RuntimeError(f"{name} is {'' if run.on_host else 'not '}on the host, but has other blocks")
+            if run.on_host and (places.blocks_of(np.array(run.blocks, np.int32)) >= 0).any():
+                raise RuntimeError(f"{name} is on the host, but some of it is in the pool, too")
             if any(bool(self._owners[block]) is is_cached for block in run.blocks):
                 raise RuntimeError(f"{name} is {'' if is_cached else 'not '}cached, but has the owners "
                                    f"{[int(self._owners[block]) for block in run.blocks]}")  # fmt: skip
-            if any(self._allocator._is_free[block] for block in run.blocks):
+            if any(is_free[block] for block in run.blocks):
                 raise RuntimeError(f"{name} is found, but not all of its blocks are taken")
             found.update(run.blocks)
             counted += len(run.blocks) * is_cached
             for key, child in run.children.items():
                 if child.parent is not run or child.first != run.end or child.tokens[: self._bytes] != key:
                     raise RuntimeError(f"{name} does not lead to that of blocks {child.blocks.tolist()}")
-                if is_cached and not in_line.get(id(child), len(in_line)) < in_line[id(run)]:
+                if run.on_host and not child.on_host:
+                    raise RuntimeError(f"{name} is on the host, but what lies behind it is not")
+                if (
+                    is_cached
+                    and not in_line.get(id(child), -1 if child.on_host > run.on_host else len(in_line))
+                    < (in_line[id(run)])
+                ):
                     raise RuntimeError(f"{name} would be evicted before what is behind it")
                 runs.append(child)
-        if not cached == counted == sum(len(run.blocks) for run in self._line):
-            raise RuntimeError(f"{cached} cached blocks are counted, {counted} are found")
+        lines = (self._line, self._host_line)
+        if not sum(line.num_blocks for line in lines) == counted == sum(len(r.blocks) for line in lines for r in line):
+            raise RuntimeError(f"{[line.num_blocks for line in lines]} cached blocks are counted, {counted} are found")
         for block, twins in self._twins.items():
             if block not in found or not twins or (self._owners[[block, *twins]] == 0).any():
                 raise RuntimeError(f"block {block} has the twins {sorted(twins)}, but not all of them are live")
@@ -293,31 +438,146 @@ class BlockPool:
                 if run not in reached:
                     raise RuntimeError(f"the run of blocks {run.blocks.tolist()} is known, but not found")
                 for block, at in zip(blocks[run.first : column].tolist(), run.blocks, strict=False):
-                    if block != at and block not in self._twins.get(at, ()):
+                    if (
+                        block != at
+                        and block not in self._twins.get(at, ())
+                        and not (block >= places.first and int(places.blocks_of(np.array([block]))[0]) == at)
+                    ):
                         raise RuntimeError(f"block {block} is known, but its tokens lead to block {at}")
                 run, column = run.at(run.first), run.first
 
     def _evict(self, count: int) -> None:
-        evicted = array("i")
-        while count:
-            run = self._line.oldest
-            cut = min(count, len(run.blocks))
+        """Free cached blocks of the pool; those used last go to the host, as far as there is room."""
+        if not self.num_places:
+            self._allocator.free(self._drop(self._line, count))
+            return
+        parts, evicted = [], array("i")  # the oldest first
+        for run in self._line:
+            cut = min(count - len(evicted), len(run.blocks))
+            parts.append((run, run.end - cut))
             evicted += run.blocks[: -cut - 1 : -1]
+            if len(evicted) == count:
+                break
+        blocks = np.array(evicted, np.int32)
+        places = self._places.of(blocks)
+        owned = (places >= 0) & (self._owners[places] > 0)
+        room = self.num_available_places
+        kept = owned | (np.cumsum(~owned[::-1])[::-1] <= room)
+        spares = self._unspare(places[kept & ~owned])
+        leaving = kept & (places < 0)
+        try:
+            new = self._take_places(int(np.count_nonzero(leaving)))
+            try:
+                # In the order of their run, so that blocks that follow each other do so on the host.
+                self._copy_out(blocks[leaving][::-1], new)
+            except BaseException:
+                self._places.free(new)
+                raise
+        except BaseException:
+            self._places.spare.update(dict.fromkeys(spares))
+            raise
+        places[leaving] = new[::-1]
+        self._places.part(blocks[kept])
+        self._free_spares(blocks[~kept])
+        start = 0
+        for run, column in parts:
+            part = slice(start, start + run.end - column)
+            start = part.stop
+            self._move_out(run, column, places[part][kept[part]][::-1], int(np.count_nonzero(owned[part])))
+        self._allocator.free(blocks)
+
+    def _move_out(self, run: Run, column: int, places: _Blocks, num_owned: int) -> None:
+        """A cached run's blocks from ``column`` on are in ``places`` from now on, the first ``num_owned`` of which have
+        owners; what these do not suffice for is gone, and nothing lies behind it."""
+        if column + len(places) < run.end:
+            self._shorten(run, run.end - column - len(places))
+        if not len(places):
+            return
+        if column > run.first:
+            self._split(run, column)
+        self._line.remove(run)
+        run.blocks = array("i", places.tobytes())
+        run.on_host = True
+        if num_owned == len(places):
+            return
+        if num_owned:
+            self._split(run, column + num_owned)
+        behind = [*run.children.values()]
+        if len(behind) == 1 and behind[0].newer is not None and behind[0] is self._host_line.newest:
+            self._host_line.remove(behind[0])
+            run = self._join([run, behind[0]])
+        self._host_line.append(run)
+
+    def _take_places(self, count: int) -> _Blocks:
+        """Places that hold nothing any more: free, spare, and then cached ones, the oldest first; there are enough."""
+        self._places.give_up_spares(min(count - self._places.num_free, len(self._places.spare)))
+        missing = count - self._places.num_free
+        if missing > 0:
+            self._places.free(self._drop(self._host_line, missing))
+        return self._places.take(count)
+
+    def _copy_out(self, blocks: _Blocks, places: _Blocks) -> None:
+        if len(blocks):
+            self._store(blocks, places)
+            self.offloaded += len(blocks)
+
+    def _release_places(self, places: _Blocks, first: int, run: Run | None, known: int) -> None:
+        """Of :meth:`release` what is on the host."""
+        self._owners[places] -= 1
+        gone = self._owners[places] == 0
+        paired = self._places.blocks_of(places) >= 0
+        self._places.spare.update(dict.fromkeys(places[gone & paired].tolist()))
+        gone &= ~paired
+        cached = gone.copy()
+        cached[max(0, known - first) :] = False
+        self._places.free(places[gone & ~cached])
+        if cached.any():
+            assert run is not None
+            self._retire(run.at(known), first + int(cached.argmax()))
+
+    def _unspare(self, places: _Blocks) -> list[int]:
+        """Those of ``places`` that were spare, and are not any more."""
+        spares = [place for place in places.tolist() if place in self._places.spare]
+        for place in spares:
+            del self._places.spare[place]
+        return spares
+
+    def _free_spares(self, blocks: _Blocks) -> None:
+        """What ``blocks`` of the pool hold is to be found no more: nor in their places on the host."""
+        places = self._places.part(blocks)
+        self._unspare(places)
+        self._places.free(places)
+
+    def _in_pool(self, blocks: _Blocks) -> int:
+        """How many of a sequence's blocks, the first ones, are in the pool."""
+        return int(np.count_nonzero(blocks < self._places.first)) if self.num_places else len(blocks)
+
+    def _line_of(self, run: Run) -> "_Line":
+        return self._host_line if run.on_host else self._line
+
+    def _drop(self, line: "_Line", count: int) -> _Blocks:
+        """Let the oldest ``count`` blocks of a line be found no more."""
+        dropped = array("i")
+        while count:
+            run = line.oldest
+            cut = min(count, len(run.blocks))
+            dropped += run.blocks[: -cut - 1 : -1]
             self._shorten(run, cut)
             count -= cut
-        self._allocator.free(np.array(evicted, np.int32))
+        return np.array(dropped, np.int32)
 
     def _shorten(self, run: Run, count: int) -> None:
         """Cut the last ``count`` blocks of a run that nothing lies behind."""
         assert run.parent is not None
         is_cached = run.newer is not None
+        line = self._line_of(run)
         if count == len(run.blocks):
             if is_cached:
-                self._line.remove(run)
+                line.remove(run)
             del run.parent.children[bytes(run.tokens[: self._bytes])]
         else:
             del run.blocks[-count:], run.tokens[-count * self._bytes :]
-            self._line.num_blocks -= count * is_cached
+            line.num_blocks -= count * is_cached
 
     def _same(self, run: Run, column: int, tokens: bytes, start: int) -> int:
         """How many blocks of a run, from ``column`` on, hold what ``tokens`` have from ``start`` on."""
@@ -334,13 +594,14 @@ class BlockPool:
         parent, count = run.parent, column - run.first
         assert parent is not None
         head = Run(parent, run.first)
+        head.on_host = run.on_host
         head.blocks, run.blocks = run.blocks[:count], run.blocks[count:]
         head.tokens, run.tokens = run.tokens[: count * self._bytes], run.tokens[count * self._bytes :]
         parent.children[bytes(head.tokens[: self._bytes])] = head
         head.children[bytes(run.tokens[: self._bytes])] = run
         run.parent, run.first = head, column
         if run.newer is not None:
-            self._line.insert(head, run.newer)
+            self._line_of(run).insert(head, run.newer)
         return head
 
     def _append(self, run: Run, blocks: _Blocks, tokens: bytes) -> Run:
@@ -354,14 +615,22 @@ class BlockPool:
     def _adopt(self, run: Run, column: int, blocks: _Blocks) -> Run:
         """Live blocks hold what a run does from ``column`` on; returns the run in which they end."""
         end = column + len(blocks)
-        if run.newer is None:
+        if run.newer is None and not run.on_host:
             for found, block in zip(run.blocks[column - run.first :], blocks.tolist(), strict=False):
                 self._twins.setdefault(found, set()).add(block)
         else:  # it begins at `column`, since what comes before is live
             if end < run.end:
                 run = self._split(run, end)
-            self._line.remove(run)
-            self._allocator.free(np.array(run.blocks, np.int32))
+            if run.newer is not None:
+                self._line_of(run).remove(run)
+            old = np.array(run.blocks, np.int32)
+            if run.on_host:
+                run.on_host = False
+                self._places.pair(blocks, old)
+                self._places.spare.update(dict.fromkeys(old[self._owners[old] == 0].tolist()))
+            else:
+                self._pass_on(old, blocks)
+                self._allocator.free(old)
             run.blocks = array("i", blocks.tobytes())
         return run
 
@@ -373,11 +642,23 @@ class BlockPool:
             return False
         if block == found:
             found = run.blocks[column - run.first] = twins.pop()
+            self._pass_on(np.array([block], np.int32), np.array([found], np.int32))
         else:
             twins.remove(block)
         if twins:
             self._twins[found] = twins
         return True
+
+    def _is_awaited(self, run: Run) -> bool:
+        """Whether somebody owns places of what a run in the pool holds, and may remember that run."""
+        place = int(self._places.of(np.array(run.blocks[:1], np.int32))[0]) if self.num_places else -1
+        return place >= 0 and bool(self._owners[place])
+
+    def _pass_on(self, old: _Blocks, new: _Blocks) -> None:
+        """What ``old`` blocks held is found in the ``new`` ones: their places go with it."""
+        has_place = self._places.of(old) >= 0
+        if has_place.any():
+            self._places.pair(new[has_place], self._places.part(old))
 
     def _retire(self, run: Run, start: int) -> None:
         """Nobody owns the last blocks of a prefix any more, from ``start`` to the end of ``run``: put them in line, and
@@ -388,22 +669,29 @@ class BlockPool:
             above: list[Run] = []
             parent = run.parent
             assert parent is not None
-            while parent.end > start and len(parent.children) == 1:
+            while parent.end > start and len(parent.children) == 1 and not self._is_awaited(parent):
                 if parent.first < start:
                     self._split(parent, start)
                 above.append(parent)
                 assert parent.parent is not None
                 parent = parent.parent
             if above:
-                parts = [*above[::-1], run]
-                run.blocks = array("i", b"".join(part.blocks.tobytes() for part in parts))
-                run.tokens = bytearray().join(part.tokens for part in parts)
-                run.parent, run.first = parent, above[-1].first
-                for part in above:
-                    part.children.clear()  # or they would keep each other
-                parent.children[bytes(run.tokens[: self._bytes])] = run
-            self._line.append(run)
+                run = self._join([*above[::-1], run])
+            self._line_of(run).append(run)
             run = parent
+
+    def _join(self, parts: list[Run]) -> Run:
+        """Runs one behind the other, in no line, as the last of them."""
+        *above, run = parts
+        parent, first = above[0].parent, above[0].first
+        assert parent is not None
+        run.blocks = array("i", b"".join(part.blocks.tobytes() for part in parts))
+        run.tokens = bytearray().join(part.tokens for part in parts)
+        run.parent, run.first = parent, first
+        for part in above:
+            part.children.clear()  # or they would keep each other
+        parent.children[bytes(run.tokens[: self._bytes])] = run
+        return run
 
 
 class _Line:
@@ -418,6 +706,11 @@ class _Line:
     def oldest(self) -> Run:
         assert self._ends.newer is not None
         return self._ends.newer
+
+    @property
+    def newest(self) -> Run:
+        assert self._ends.older is not None
+        return self._ends.older
 
     def append(self, run: Run) -> None:
         self.num_blocks += len(run.blocks)

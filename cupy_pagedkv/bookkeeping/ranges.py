@@ -1,11 +1,13 @@
 """Many ranges in one array."""
 
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ranges"]
+__all__ = ["ranges", "runs_of"]
 
 
 def ranges(starts: npt.NDArray[np.integer[Any]], counts: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
@@ -18,3 +20,13 @@ def ranges(starts: npt.NDArray[np.integer[Any]], counts: npt.NDArray[np.integer[
     values: npt.NDArray[np.int64] = np.repeat(starts - first, counts)
     values += np.arange(len(values))
     return values
+
+
+def runs_of(values: npt.NDArray[np.integer[Any]]) -> Iterator[slice]:
+    """Where each value is the one before it plus 1.
+
+    >>> list(runs_of(np.array([3, 4, 5, 9, 2])))
+    [slice(0, 3, None), slice(3, 4, None), slice(4, 5, None)]
+    """
+    bounds = [0, *(np.flatnonzero(np.diff(values) != 1) + 1).tolist(), len(values)] if len(values) else []
+    return (slice(first, last) for first, last in pairwise(bounds))

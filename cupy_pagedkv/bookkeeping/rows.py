@@ -8,7 +8,8 @@ array([6, 7, 8])
 >>> rows.missing(new)
 (array([0]), array([2]))
 
-Blocks are numbers here: which pool they are of and who else owns them is not known, nor is any device.
+Blocks are numbers here: who else owns them is not known, nor is any device. Numbers from ``num_blocks`` on are places
+on the host, and come last in a table.
 """
 
 from collections.abc import Iterator
@@ -54,10 +55,14 @@ class SequenceRows:
         """Blocks in each table; behind the last, tables are 0, as fresh memory reads."""
         self.known: _Ints = np.zeros(0, np.int64)
         """How many of each row's first blocks are found by their tokens."""
+        self.on_host: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
+        """Whether the last blocks of each row are places on the host."""
         self.is_open: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
         """Whether each row is about to grow, and must not be changed otherwise."""
         self._block_size = block_size
-        self._max_width = num_blocks  # no table can be longer than the pool
+        self._max_width = num_blocks  # no table of an open row can be longer than the pool
+        self.first_place = num_blocks
+        """Smaller numbers are blocks of the pool."""
         self._tables = _tables(0, 8)
         self._tails = np.empty((0, block_size), np.int32)  # the tokens in the last block, where it is not full
         self._free: list[int] = []
@@ -81,6 +86,7 @@ class SequenceRows:
         self.num_blocks[row] = len(blocks)
         self.lengths[row] = length
         self.known[row] = known
+        self._look_for_places(row)
         return row
 
     def remove(self, row: int) -> _Blocks:
@@ -96,7 +102,13 @@ class SequenceRows:
         let_go = self._tables[row, needed:had].copy()
         self._tables[row, needed:had] = 0
         self.num_blocks[row] = needed
+        self._look_for_places(row)
         return let_go
+
+    def replace(self, row: int, first: int, blocks: _Blocks) -> None:
+        """Set the last blocks of a row, from its block ``first`` on."""
+        self._tables[row, first : first + len(blocks)] = blocks
+        self._look_for_places(row)
 
     def with_room_to_spare(self, rows: _Ints) -> list[int]:
         """Those of ``rows`` that have more blocks than their tokens need."""
@@ -186,13 +198,17 @@ class SequenceRows:
         if max_blocks > width:
             self._resize(height, max(max_blocks, min(2 * width, self._max_width)))
 
+    def _look_for_places(self, row: int) -> None:
+        last = int(self.num_blocks[row]) - 1
+        self.on_host[row] = last >= 0 and self._tables[row, last] >= self.first_place
+
     def _add_rows(self) -> None:
         had, width = self._tables.shape
         more = max(8, had)
         self._resize(had + more, width)
-        self.lengths, self.num_blocks, self.known, self.is_open, self._tails = (
+        self.lengths, self.num_blocks, self.known, self.on_host, self.is_open, self._tails = (
             np.concatenate([rows, np.zeros((more, *rows.shape[1:]), rows.dtype)])
-            for rows in (self.lengths, self.num_blocks, self.known, self.is_open, self._tails)
+            for rows in (self.lengths, self.num_blocks, self.known, self.on_host, self.is_open, self._tails)
         )
         self._free = list(range(had, had + more))[::-1]
 

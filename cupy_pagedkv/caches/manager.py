@@ -48,7 +48,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..bookkeeping.arguments import at_least
+from ..bookkeeping.arguments import MAX_BLOCKS, at_least
 from ..bookkeeping.pool import BlockPool, Run, Salt
 from ..bookkeeping.rows import NewTokens, SequenceRows
 from ..devices.backend import backend_of
@@ -56,6 +56,7 @@ from ..devices.dlpack import array_of
 from .batch import Batch, BatchBuffers
 from .cache import LayeredPagedKVCache
 from .sequence import CachedSequence
+from .tier import BlockMover, Returning
 
 __all__ = ["CachedSequence", "KVCacheManager", "KVCacheStats"]
 
@@ -70,6 +71,7 @@ class KVCacheStats:
     """What :meth:`KVCacheManager.stats` found. Blocks and sequences are those of the moment, the rest are totals."""
 
     total_blocks: int
+    """Of the pool; so are the next three."""
     free_blocks: int
     """That no sequence owns, and that hold nothing that is found."""
     live_blocks: int
@@ -87,9 +89,19 @@ class KVCacheStats:
     tokens_saved: int
     """Those of the tokens that needed no computing."""
     evictions: int
-    """Cached blocks that were taken for other tokens."""
+    """Cached blocks that were taken for other tokens, whether or not they went to the host."""
     copies: int
     """Blocks copied because another sequence shared them."""
+    host_blocks: int
+    """Blocks that there is host memory for. Those of no kind below are free, or hold what the pool holds, too."""
+    live_host_blocks: int
+    """That sequences own, which were offloaded, or which found them and are not prepared yet."""
+    cached_host_blocks: int
+    """That no sequence owns, but that are found there, and only there, by their tokens."""
+    offloaded: int
+    """Blocks that were copied to the host."""
+    restored: int
+    """Blocks that were copied from the host to the pool."""
 
     @property
     def utilisation(self) -> float:
@@ -112,8 +124,14 @@ class KVCacheManager:
     call depends on what it is given, not on the size of the pool or on how many sequences there are, but for
     :meth:`check_integrity`, :meth:`reset_prefix_cache` and, now and then, the growth of its own tables.
 
+    With ``host_blocks``, host memory has room for as many blocks more, pinned where the cache is on a GPU. Cached
+    blocks that are evicted go there, the least recently used ones make room for them, and ``add`` finds them there,
+    too; and :meth:`CachedSequence.offload` parks a sequence. :meth:`prepare` brings back what its sequences need. All
+    copies of a call go at once; on a GPU they travel on a stream of their own, and the current stream waits for what
+    comes back, not for what goes.
+
     A cache has one manager, and nobody else hands out its blocks. Raises ``TypeError`` for another kind of cache, and
-    ``ValueError`` for one that has blocks in its own block table.
+    ``ValueError`` for one that has blocks in its own block table, and for negative ``host_blocks``.
 
     >>> cache = LayeredPagedKVCache(1, 8, 4, num_kv_heads=1, head_dim=2, dtype="float16", device="cpu")
     >>> manager = KVCacheManager(cache)
@@ -127,7 +145,7 @@ class KVCacheManager:
     >>> manager.free(sequence)
     """
 
-    def __init__(self, cache: LayeredPagedKVCache, *, prefix_caching: bool = True) -> None:
+    def __init__(self, cache: LayeredPagedKVCache, *, prefix_caching: bool = True, host_blocks: int = 0) -> None:
         if not isinstance(cache, LayeredPagedKVCache):
             raise TypeError(f"cache must be a LayeredPagedKVCache, got {type(cache).__name__}")
         if cache.block_table(0).num_blocks:
@@ -139,12 +157,16 @@ class KVCacheManager:
         self._staging = backend_of(("the cache",), cache[0].k_cache).staging()
         self._prefix_caching = prefix_caching
         self._block_size = cache.block_size
-        self._pool = BlockPool(cache.num_blocks, cache.block_size)
+        if at_least(0, "host_blocks", host_blocks) > MAX_BLOCKS - cache.num_blocks:
+            raise ValueError(f"host_blocks and the pool's {cache.num_blocks} must be {MAX_BLOCKS} at most, together")
+        self._mover = BlockMover(cache, host_blocks) if host_blocks else None
+        store = {"store": self._mover.store} if self._mover else {}
+        self._pool = BlockPool(cache.num_blocks, cache.block_size, host_blocks, **store)
         self._rows = SequenceRows(cache.block_size, cache.num_blocks)
         self._sequences: set[CachedSequence] = set()
         self._batches: set[Batch] = set()
         self._uncounted: set[CachedSequence] = set()  # whose prompts have not grown yet
-        self._prompts = self._hits = self._prompt_tokens = self._tokens_saved = self._copies = 0
+        self._prompts = self._hits = self._prompt_tokens = self._tokens_saved = self._copies = self._restored = 0
 
     @property
     def sequences(self) -> tuple[CachedSequence, ...]:
@@ -158,7 +180,7 @@ class KVCacheManager:
 
     @property
     def num_available_blocks(self) -> int:
-        """Blocks that could be taken at this moment: the free and the cached ones."""
+        """Blocks of the pool that could be taken at this moment: the free and the cached ones."""
         return self._pool.num_available
 
     def add(self, tokens: Tokens, *, salt: Salt = None) -> CachedSequence:
@@ -166,7 +188,8 @@ class KVCacheManager:
 
         Full blocks that hold the first of them are shared: ``num_cached_tokens`` of the sequence says how many tokens
         that are, and is less than all of them, because somebody has to compute the next token. The others are
-        ``remaining`` of the sequence, and are to be given to :meth:`prepare`, in as many pieces as suits.
+        ``remaining`` of the sequence, and are to be given to :meth:`prepare`, in as many pieces as suits. What is found
+        in host memory stays there until then.
 
         salt
             Sequences share only with those of an equal salt (of the same type), such as the name of a tenant or of a
@@ -197,6 +220,8 @@ class KVCacheManager:
 
         Until the batch is committed or rolled back, its sequences cannot be in another, nor forked, truncated or freed.
 
+        What a sequence has in host memory comes back to the pool, whether or not it gets new tokens.
+
         On a GPU this copies from the host, and so a CUDA graph must not capture it.
 
         Raises :class:`~cupy_pagedkv.OutOfBlocksError` if the blocks do not suffice for all of them; its ``free`` counts
@@ -218,18 +243,22 @@ class KVCacheManager:
         owners, columns = self._rows.missing(new)
         writers, begun_columns = self._rows.begun(new)
         begun = self._rows.blocks_at(in_rows[writers], begun_columns)
-        copying = self._pool.writers_that_copy(begun)
+        in_pool = begun < self._pool.num_blocks  # and not on the host
+        copying = np.flatnonzero(in_pool)[self._pool.writers_that_copy(begun[in_pool])].tolist()
         copied = begun[copying]
-        taken = self._pool.take(len(owners) + len(copied))
+        back = Returning(self._pool, self._rows, sequences, in_rows, writers)
+        taken = back.take(len(owners) + len(copied))
+        blocks = np.concatenate([taken, back.blocks])
         try:
+            back.fetch(self._mover)
             self._rows.widen(max_blocks)
-            owners = np.concatenate([owners, writers[copying]])
-            columns = np.concatenate([columns, begun_columns[copying]])
+            owners = np.concatenate([owners, writers[copying], back.owners])
+            columns = np.concatenate([columns, begun_columns[copying], back.columns])
             sizes = (len(sequences), len(tokens), max_blocks, len(copied)) if buffers is None else buffers._sizes
             host = BatchBuffers(self._staging.zeros(BatchBuffers.num_bytes(*sizes)), *sizes)
             tables = host.block_tables[: len(sequences), :max_blocks]
             self._rows.copy_tables(in_rows, tables)
-            tables[owners, columns] = taken
+            tables[owners, columns] = blocks
             host._fill(new, self._block_size)
             host._copies[:, : len(copied)] = copied, taken[len(taken) - len(copied) :]
             memory = self._staging.send(host._memory, self._place, None if buffers is None else buffers._memory)
@@ -238,14 +267,19 @@ class KVCacheManager:
                 self._cache.copy_blocks(*arrays._copies[:, : len(copied)])
         except BaseException:
             self._pool.release(taken)
+            back.give_up()
             raise
 
-        self._rows.put(new, owners, columns, taken)
-        for i in range(len(copied)):
-            self._pool.release(copied[i : i + 1])  # one by one: two may have copied one block
-        for i in np.flatnonzero(self._rows.known[in_rows[writers]] > begun_columns).tolist():  # truncated within it
+        self._rows.put(new, owners, columns, blocks)
+        back.finish()
+        self._restored += back.num_fetched
+        truncated = self._rows.known[in_rows[writers]] > begun_columns  # within a block that is found
+        for i in [*copying, *np.flatnonzero(~in_pool).tolist()]:  # one by one: two may have copied one block
+            column, run = int(begun_columns[i]), sequences[writers[i]]._run
+            self._pool.release(begun[i : i + 1], column, run, column + 1 if truncated[i] else 0)
+        for i in np.flatnonzero(truncated).tolist():
             self._rows.known[in_rows[writers[i]]] = begun_columns[i]
-            if i not in copying:  # its only owner is about to write to it
+            if in_pool[i] and i not in copying:  # its only owner is about to write to it
                 self._pool.forget(sequences[writers[i]]._run, int(begun_columns[i]), int(begun[i]))
         self._copies += len(copied)
         batch = Batch(self, sequences, new, arrays, self._block_size)
@@ -279,7 +313,8 @@ class KVCacheManager:
     def rollback(self, batch: Batch) -> None:
         """Drop a batch: its sequences are what they were before, whatever the layers have written.
 
-        A copy of a shared block is kept, by the sequence that it was made for: a fork may own one block more. Cached
+        A copy of a shared block is kept, by the sequence that it was made for: a fork may own one block more. What came
+        back from host memory stays in the pool. Cached
         blocks that ``prepare`` took do not come back, nor is a block found again that the batch was about to write to.
 
         Raises ``ValueError`` for a batch that has ended already or is another manager's.
@@ -319,9 +354,10 @@ class KVCacheManager:
     def reset_prefix_cache(self) -> None:
         """Let no block be found any more, as is right when the model's weights have changed.
 
-        Raises ``RuntimeError`` while sequences own blocks.
+        Raises ``RuntimeError`` while sequences own blocks, of the pool or in host memory.
         """
-        live = self._pool.num_blocks - self._pool.num_available
+        stats = self.stats()
+        live = stats.live_blocks + stats.live_host_blocks
         if live:
             raise RuntimeError(f"{live} blocks belong to live sequences; free these first")
         self._pool.clear()
@@ -341,12 +377,17 @@ class KVCacheManager:
             tokens_saved=self._tokens_saved,
             evictions=pool.evictions,
             copies=self._copies,
+            host_blocks=pool.num_places,
+            live_host_blocks=pool.num_places - pool.num_available_places,
+            cached_host_blocks=pool.num_cached_places,
+            offloaded=pool.offloaded,
+            restored=self._restored,
         )
 
     def check_integrity(self) -> None:
         """Raise ``RuntimeError`` unless all adds up: free + live + cached blocks are the pool, each live block is in as
         many tables as it counts owners, and what is found is where it is said to be. Walks the whole pool."""
-        owners = np.zeros(self._pool.num_blocks, np.int64)
+        owners = np.zeros(self._pool.num_blocks + self._pool.num_places, np.int64)
         prefixes = []
         for sequence in self._sequences:
             row = sequence._row
@@ -367,6 +408,13 @@ class KVCacheManager:
         fork = self._new_sequence(sequence._run, self._rows.blocks(row), length, known, sequence._prompt)
         self._rows.begin(fork._row, self._rows.tail(row))
         return fork
+
+    def _offload(self, sequence: CachedSequence) -> None:
+        row = self._row_of(sequence)
+        if self._mover is None:
+            raise ValueError("there is no host memory for blocks; make it KVCacheManager(cache, host_blocks=…)")
+        places = self._pool.offload(self._rows.blocks(row), sequence._run, int(self._rows.known[row]))
+        self._rows.replace(row, 0, places)
 
     def _truncate(self, sequence: CachedSequence, num_tokens: int) -> None:
         row = self._row_of(sequence)

@@ -18,6 +18,7 @@ class Manager(Protocol):
     _rows: SequenceRows
 
     def _fork(self, sequence: "CachedSequence") -> "CachedSequence": ...
+    def _offload(self, sequence: "CachedSequence") -> None: ...
     def _truncate(self, sequence: "CachedSequence", num_tokens: int) -> None: ...
     def _abandon(self, sequence: "CachedSequence") -> None: ...
     def free(self, sequence: "CachedSequence") -> None: ...
@@ -59,8 +60,17 @@ class CachedSequence:
 
     @property
     def block_table(self) -> npt.NDArray[np.int32]:
-        """Its blocks in logical order, those of an open batch among them; a copy on the host."""
-        return self._owner()._rows.blocks(self._row)
+        """Its blocks in logical order, those of an open batch among them; a copy on the host. −1 where a block is not
+        in the pool, but in host memory until the next ``prepare``."""
+        owner = self._owner()
+        blocks = owner._rows.blocks(self._row)
+        blocks[blocks >= owner._rows.first_place] = -1
+        return blocks
+
+    @property
+    def num_host_blocks(self) -> int:
+        """How many of its blocks are in host memory, and may need as many of the pool at the next ``prepare``."""
+        return int(np.count_nonzero(self.block_table < 0))
 
     def fork(self) -> "CachedSequence":
         """A second sequence with the same tokens, in the same blocks. No block is taken.
@@ -70,6 +80,17 @@ class CachedSequence:
         Raises ``ValueError`` while this sequence is in an open batch, or is freed.
         """
         return self._owner()._fork(self)
+
+    def offload(self) -> None:
+        """Move its K and V to host memory, and let go of its blocks: it is parked until the next ``prepare`` with it.
+
+        It can be truncated, forked and freed there. What the host has already is not copied again, and what is still in
+        the pool when it comes back does not travel. On a GPU the copy is queued behind the current stream's work.
+
+        Raises ``ValueError`` where the manager has no ``host_blocks``, while this sequence is in an open batch, or when
+        it is freed, and :class:`~cupy_pagedkv.OutOfBlocksError` where other sequences leave too little room there.
+        """
+        self._owner()._offload(self)
 
     def truncate(self, num_tokens: int) -> None:
         """Forget all tokens but the first ``num_tokens``, and let go of blocks that only the others needed.

@@ -8,26 +8,28 @@ to call is an argument. Nothing here checks its arguments (``ops`` has), and not
 import functools
 import math
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from ..bookkeeping.ranges import runs_of
 from .cuda_attention import ELEMENTS, THREADS, Shape, Spread, shape_of, spread_of
 from .layout import AttentionLayout, Form, Layout, Pools, Scoring
 from .sources import Defines, source_of
 
 if TYPE_CHECKING:
-    from .numpy_backend import HostStaging
+    from .numpy_backend import HostLane, HostStaging
 
-__all__ = ["CudaBackend", "PinnedStaging"]
+__all__ = ["CudaBackend", "PinnedLane", "PinnedStaging"]
 
 _ACCESS_TYPES = {1: "unsigned char", 2: "unsigned short", 4: "unsigned int", 8: "uint2", 16: "uint4"}
 _INDEX_TYPES = {4: "int", 8: "long long"}
 _UNROLL = 8  # accesses of one thread, all loaded before the first is stored
 _MAX_BLOCK_BYTES = 2**30  # offsets inside a block are 32-bit in the kernels
+_LANE_BYTES = 2**25  # of each of two buffers on the way to the host and back
 _MAX_WARPS = 4  # of a thread block: the kernels' __launch_bounds__
 _GATHER_BLOCKS = 4  # that a multiprocessor holds at once: the second of gather_cache's __launch_bounds__
 
@@ -140,6 +142,70 @@ class PinnedStaging:
         return out
 
 
+class PinnedLane:
+    """Places for blocks in pinned host memory, ``[num_places, num_bytes]``, and a stream of their own to and fro.
+
+    Two buffers on the GPU take turns: one is packed or unpacked on the current stream while the other travels. Each has
+    an event behind what used it last, and so neither stream waits but for what it needs, and the host for nothing.
+    """
+
+    def __init__(self, backend: "CudaBackend", num_places: int, num_bytes: int, device: Any) -> None:
+        self._backend = backend
+        self._device = device
+        memory = backend.pinned_memory(num_places * num_bytes)
+        self._memory: npt.NDArray[np.uint8] = memory.reshape(num_places, num_bytes)
+        size = min(num_places, max(1, _LANE_BYTES // num_bytes)), num_bytes
+        self._buffers = [backend.empty(size, np.dtype(np.uint8), device) for _ in range(2)]
+        self._events: list[Any] = [None, None]
+        self._turn = 0
+        with backend.on(device):
+            self._stream = backend.new_stream()
+
+    def pieces(self, places: npt.NDArray[np.integer]) -> Iterator[slice]:
+        """Which of ``places``, in rising order, fill a buffer."""
+        size = len(self._buffers[0])
+        return (slice(first, first + size) for first in range(0, len(places), size))
+
+    @contextmanager
+    def to_host(self, places: npt.NDArray[np.integer]) -> Iterator[Any]:
+        """Within it, what the current stream writes to the array, ``[n, num_bytes]``, comes to ``places``."""
+        with self._backend.on(self._device):
+            turn, current = self._next_turn(), self._backend.current_stream()
+            if self._events[turn] is not None:
+                current.wait_event(self._events[turn])
+            buffer = self._buffers[turn][: len(places)]
+            yield buffer
+            self._stream.wait_event(self._backend.event_behind(current))
+            for run in runs_of(places):
+                self._backend.copy_to_host(buffer[run], self._memory[places[run.start] :], self._stream)
+            self._events[turn] = self._backend.event_behind(self._stream)
+
+    @contextmanager
+    def from_host(self, places: npt.NDArray[np.integer]) -> Iterator[Any]:
+        """Within it, the array holds what is in ``places``, once the current stream gets to it."""
+        with self._backend.on(self._device):
+            turn, current = self._next_turn(), self._backend.current_stream()
+            if self._events[turn] is not None:
+                self._stream.wait_event(self._events[turn])
+            buffer = self._buffers[turn][: len(places)]
+            for run in runs_of(places):
+                self._backend.copy_from_host(self._memory[places[run.start] :], buffer[run], self._stream)
+            current.wait_event(self._backend.event_behind(self._stream))
+            try:
+                yield buffer
+            finally:
+                self._events[turn] = self._backend.event_behind(current)
+
+    def read(self, places: npt.NDArray[np.integer]) -> npt.NDArray[np.uint8]:
+        """A copy of what is in ``places``, once all that was queued has come there."""
+        self._stream.synchronize()
+        return self._memory[places]
+
+    def _next_turn(self) -> int:
+        self._turn = 1 - self._turn
+        return self._turn
+
+
 class CudaBackend:
     """Arrays and operations on the GPUs that CuPy sees.
 
@@ -227,6 +293,30 @@ class CudaBackend:
         import cupyx
 
         return cupyx.empty_pinned(num_bytes, np.uint8)  # type: ignore[no-any-return]
+
+    def lane(self, num_places: int, num_bytes: int, device: Any) -> "PinnedLane | HostLane":
+        return PinnedLane(self, num_places, num_bytes, device)
+
+    def pinned_memory(self, num_bytes: int) -> npt.NDArray[np.uint8]:
+        """Pinned memory of just this size: CuPy's pool would round it up to a power of two."""
+        pinned = self.xp.cuda.pinned_memory
+        return np.frombuffer(pinned.PinnedMemoryPointer(pinned.PinnedMemory(num_bytes), 0), np.uint8, num_bytes)
+
+    def new_stream(self) -> Any:
+        return self.xp.cuda.Stream(non_blocking=True)
+
+    def current_stream(self) -> Any:
+        return self.xp.cuda.get_current_stream()
+
+    def event_behind(self, stream: Any) -> Any:
+        return stream.record(self.xp.cuda.Event(disable_timing=True))
+
+    def copy_to_host(self, array: Any, host: npt.NDArray[np.uint8], stream: Any) -> None:
+        """Queue a copy of a contiguous array to the beginning of pinned memory."""
+        array.data.copy_to_host_async(host.ctypes.data, array.nbytes, stream)
+
+    def copy_from_host(self, host: npt.NDArray[np.uint8], array: Any, stream: Any) -> None:
+        array.data.copy_from_host_async(host.ctypes.data, array.nbytes, stream)
 
     def copy_async(self, staged: npt.NDArray[np.uint8], out: Any) -> Any:
         """Queue a copy from pinned memory on the current stream; returns an event behind it."""

@@ -8,17 +8,18 @@ the memory of most machines.
 
 import functools
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from ..bookkeeping.memory import lazy_zeros
-from ..bookkeeping.ranges import ranges
+from ..bookkeeping.ranges import ranges, runs_of
 from . import numpy_attention, threads
 from .layout import AttentionLayout, Items, Layout, Pools, Scoring
 from .threads import Job
 
-__all__ = ["HostArrays", "HostStaging", "NumpyBackend"]
+__all__ = ["HostArrays", "HostLane", "HostStaging", "NumpyBackend"]
 
 _Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 _Tensor: TypeAlias = tuple[_Array, _Array, Items | None]
@@ -128,6 +129,29 @@ class HostStaging:
         return out
 
 
+class HostLane:
+    """Places for blocks in host memory, ``[num_places, num_bytes]``, beside a pool that is there itself."""
+
+    def __init__(self, num_places: int, num_bytes: int) -> None:
+        self._memory = lazy_zeros(num_places * num_bytes).reshape(num_places, num_bytes)
+
+    def pieces(self, places: _Array) -> Iterator[slice]:
+        """Which of ``places``, in rising order, are side by side."""
+        return runs_of(places)
+
+    def to_host(self, places: _Array) -> AbstractContextManager[_Array]:
+        """Within it, what is written to the array, ``[n, num_bytes]``, comes to ``places``, which are side by side."""
+        return nullcontext(self._memory[places[0] : places[-1] + 1])
+
+    def from_host(self, places: _Array) -> AbstractContextManager[_Array]:
+        """Within it, the array holds what is in ``places``."""
+        return self.to_host(places)
+
+    def read(self, places: _Array) -> _Array:
+        """A copy of what is in ``places``."""
+        return self._memory[places]
+
+
 class HostArrays:
     """Arrays in host memory, where NumPy and the emulated device work; ``device`` is always ``"cpu"``."""
 
@@ -159,6 +183,9 @@ class HostArrays:
 
     def staging(self) -> "HostStaging":
         return HostStaging()
+
+    def lane(self, num_places: int, num_bytes: int, device: str) -> HostLane:
+        return HostLane(num_places, num_bytes)
 
 
 class NumpyBackend(HostArrays):
