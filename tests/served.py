@@ -21,6 +21,13 @@ class Expected:
 
     salt: Any
     tokens: list[int]
+    keys: list[Any]
+    """What its first blocks are found by, those of which it knows."""
+    host: list[Any]
+    """Its last blocks, if they are on the host: such keys, and an object of its own for what nobody finds."""
+
+    def fork(self) -> "Expected":
+        return Expected(self.salt, list(self.tokens), list(self.keys), list(self.host))
 
 
 def rows_of(salt: Any, tokens: Sequence[int]) -> np.ndarray:
@@ -36,24 +43,73 @@ def rows_of(salt: Any, tokens: Sequence[int]) -> np.ndarray:
 class Findable:
     """What has to be found, and what is evicted next, by plain lists and {block: salt, all tokens to its end}."""
 
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
+    def __init__(self, num_blocks: int, num_places: int = 0) -> None:
+        self.num_blocks, self.num_places = num_blocks, num_places
         self.contents: dict[int, Any] = {}
         self.cached: list[int] = []  # the one to be evicted first first
         self.evictions = 0
+        # Keys of what is on the host, and objects for what nobody finds.
+        self.cached_on_host: list[Any] = []  # and not in the pool; the one to be lost first first
+        self.spare: list[Any] = []  # which the pool has, too
+        self.held: Counter[Any] = Counter()  # by how many sequences
+        self.offloaded = self.restored = 0
+
+    def in_pool(self, key: Any) -> bool:
+        return key in self.contents.values()
 
     def lookup(self, keys: Sequence[Any]) -> int:
         """How many of the keys are found before the first that is not."""
-        return next((i for i, key in enumerate(keys) if key not in self.contents.values()), len(keys))
+        found = [*self.contents.values(), *self.cached_on_host, *self.held]
+        return next((i for i, key in enumerate(keys) if key not in found), len(keys))
 
     def share(self, blocks: Sequence[int]) -> None:
         self.cached = [block for block in self.cached if block not in blocks]
 
     def take(self, count: int, live: int) -> None:
+        gone = []
         while self.num_blocks - live - len(self.cached) < count:
             key = self.contents.pop(self.cached.pop(0))
             assert not self.behind(key), "a head is evicted before its tail"
             self.evictions += 1
+            gone.append(key)
+        room, kept = self.num_places - len(self.held), []
+        for key in reversed(gone):
+            if key not in self.held:
+                if room:
+                    room -= 1
+                    kept.insert(0, key)
+                elif key in self.spare:
+                    self.spare.remove(key)
+        self.put_on_host(kept)
+        self.cached_on_host += kept
+
+    def put_on_host(self, keys: Sequence[Any]) -> None:
+        """Those of the keys that are not there are copied there; spare places, and then the oldest, make room."""
+        missing = [key for key in keys if key not in self.spare and key not in self.held]
+        self.spare = [key for key in self.spare if key not in keys]
+        others = [key for key in keys if key not in missing and key not in self.held]
+        while len(self.spare) + len(self.cached_on_host) + len(self.held) + len(others) + len(missing) > (
+            self.num_places
+        ):
+            if self.spare:
+                self.spare.pop(0)
+            else:
+                lost = self.cached_on_host.pop(0)
+                assert not self.behind_on_host(lost), "a head is lost before its tail"
+        self.offloaded += len(missing)
+
+    def hold(self, keys: Sequence[Any]) -> None:
+        self.cached_on_host = [key for key in self.cached_on_host if key not in keys]
+        self.spare = [key for key in self.spare if key not in keys]
+        self.held.update(keys)
+
+    def let_go(self, keys: Sequence[Any]) -> None:
+        """A sequence needs what it had on the host no more, in the order of its tokens."""
+        self.held.subtract(keys)
+        gone = [key for key in keys if not self.held[key]]
+        self.held = +self.held
+        self.spare += [key for key in gone if self.in_pool(key)]
+        self.cached_on_host += [key for key in reversed(gone) if isinstance(key, tuple) and not self.in_pool(key)]
 
     def write(self, block: int) -> None:
         """The only owner of a block writes to it."""
@@ -62,11 +118,18 @@ class Findable:
             for unreachable in self.behind(key):
                 self.cached.remove(unreachable)
                 del self.contents[unreachable]
+            lost = [key, *self.behind_on_host(key)]
+            assert not set(lost) & self.held.keys(), "a parked sequence loses what it knows"
+            self.cached_on_host = [key for key in self.cached_on_host if key not in lost]
+            self.spare = [key for key in self.spare if key not in lost]
 
     def fill(self, block: int, key: Any) -> None:
         for cached in [cached for cached in self.cached if self.contents[cached] == key]:
             self.cached.remove(cached)
             del self.contents[cached]
+        if key in self.cached_on_host:
+            self.cached_on_host.remove(key)
+            self.spare.append(key)
         self.contents[block] = key
 
     def release(self, block: int) -> None:
@@ -80,6 +143,11 @@ class Findable:
         salt, tokens = key
         return [b for b, (s, more) in self.contents.items() if s == salt and more[: len(tokens)] == tokens != more]
 
+    def behind_on_host(self, key: Any) -> list[Any]:
+        salt, tokens = key
+        keys = [key for key in [*self.cached_on_host, *self.spare, *self.held] if isinstance(key, tuple)]
+        return [(s, more) for s, more in keys if s == salt and more[: len(tokens)] == tokens != more]
+
 
 def runs_of(pool: BlockPool) -> list[Run]:
     """All of them, in any order that does not change by itself."""
@@ -92,13 +160,21 @@ def runs_of(pool: BlockPool) -> list[Run]:
 class Served:
     """Calls go to the manager and to the model, and after each the two are compared."""
 
-    def __init__(self, device: Any, num_blocks: int, block_size: int = 16, *, prefix_caching: bool = True) -> None:
+    def __init__(
+        self,
+        device: Any,
+        num_blocks: int,
+        block_size: int = 16,
+        *,
+        prefix_caching: bool = True,
+        host_blocks: int = 0,
+    ) -> None:
         self.device = device
         self.block_size = block_size
         self.cache = LayeredPagedKVCache(NUM_LAYERS, num_blocks, block_size, 1, ROW, "uint8", device.of_caches)
-        self.manager = KVCacheManager(self.cache, prefix_caching=prefix_caching)
+        self.manager = KVCacheManager(self.cache, prefix_caching=prefix_caching, host_blocks=host_blocks)
         self.prefix_caching = prefix_caching
-        self.findable = Findable(num_blocks)
+        self.findable = Findable(num_blocks, host_blocks)
         self.expected: dict[CachedSequence, Expected] = {}
         self.open: dict[Batch, dict[CachedSequence, list[int]]] = {}
 
@@ -107,9 +183,13 @@ class Served:
         cached = sequence.num_cached_tokens
         assert cached == sequence.num_tokens == len(sequence.block_table) * self.block_size
         assert cached < max(1, len(tokens))
-        assert len(sequence.block_table) == self.findable.lookup(self.keys(salt, tokens[:-1]))
-        self.findable.share(sequence.block_table.tolist())
-        self.expected[sequence] = Expected(salt, list(tokens[:cached]))
+        keys = self.keys(salt, tokens[:-1]) if self.prefix_caching else []
+        keys = keys[: self.findable.lookup(keys)]
+        assert len(sequence.block_table) == len(keys)
+        in_pool = sum(map(self.findable.in_pool, keys))
+        self.findable.share(sequence.block_table[:in_pool].tolist())
+        self.findable.hold(keys[in_pool:])
+        self.expected[sequence] = Expected(salt, list(tokens[:cached]), keys, keys[in_pool:])
         self.check()
         return sequence
 
@@ -124,11 +204,7 @@ class Served:
             self.check()
             raise
         self._check_arrays(batch, new, buffers)
-        self.findable.take(len(self.owners().keys() - owners.keys()), len(owners))
-        for sequence, tokens in new.items():
-            column, offset = divmod(len(self.expected[sequence].tokens), self.block_size)
-            if offset and len(tokens) and sequence.block_table[column] == tables[sequence][column]:
-                self.findable.write(tables[sequence][column])
+        self._take_room(batch, new, tables, owners)
         assert (batch._buffers is buffers) is (buffers is not None)
         if batch.num_tokens:
             rows = []
@@ -150,6 +226,8 @@ class Served:
             keys = self.keys(expected.salt, expected.tokens)[had:] if self.prefix_caching else []
             for block, key in zip(sequence.block_table[had:].tolist(), keys, strict=False):
                 self.findable.fill(block, key)
+            if keys:
+                expected.keys[had:] = keys
         self.check()
 
     def rollback(self, batch: Batch) -> None:
@@ -168,30 +246,104 @@ class Served:
 
     def fork(self, sequence: CachedSequence) -> CachedSequence:
         fork = sequence.fork()
-        known = self.expected[sequence]
-        self.expected[fork] = Expected(known.salt, list(known.tokens))
+        self.expected[fork] = self.expected[sequence].fork()
+        self.findable.hold(self.expected[fork].host)
         self.check()
         return fork
+
+    def offload(self, sequence: CachedSequence) -> None:
+        before, owners, table = self.state(), self.owners(), sequence.block_table.tolist()
+        expected = self.expected[sequence]
+        keys = [expected.keys[i] if i < len(expected.keys) else object() for i in range(len(table))]
+        keys[len(table) - len(expected.host) :] = expected.host
+        going = keys[: len(table) - len(expected.host)]
+        there = [key for key in going if key in self.findable.held or key in self.findable.spare]
+        room = self.findable.num_places - len(self.findable.held) - sum(key in self.findable.spare for key in there)
+        try:
+            sequence.offload()
+        except OutOfBlocksError as error:
+            assert (error.wanted, error.free) == (len(going) - len(there), room)  # noqa: PT017
+            assert self.state() == before
+            self.check()
+            raise
+        assert len(going) - len(there) <= room
+        self.findable.put_on_host(going)
+        self.findable.hold(going)
+        self._release(table[: len(going)], owners)
+        expected.host = keys
+        self.check()
 
     def truncate(self, sequence: CachedSequence, num_tokens: int) -> None:
         before, table = self.owners(), sequence.block_table.tolist()
         sequence.truncate(num_tokens)
-        self._release(table[-(-num_tokens // self.block_size) :], before)
-        del self.expected[sequence].tokens[num_tokens:]
+        needed, expected = -(-num_tokens // self.block_size), self.expected[sequence]
+        in_pool = len(table) - len(expected.host)
+        self.findable.let_go(expected.host[max(0, needed - in_pool) :])
+        self._release(table[needed:in_pool], before)
+        del expected.tokens[num_tokens:], expected.keys[needed:], expected.host[max(0, needed - in_pool) :]
         self.check()
 
     def free(self, sequence: CachedSequence) -> None:
         before, table = self.owners(), sequence.block_table.tolist()
         self.manager.free(sequence)
-        self._release(table, before)
-        del self.expected[sequence]
+        expected = self.expected.pop(sequence)
+        self.findable.let_go(expected.host)
+        self._release(table[: len(table) - len(expected.host)], before)
         self.check()
 
     def reset_prefix_cache(self) -> None:
         self.manager.reset_prefix_cache()
-        self.findable = Findable(self.cache.num_blocks)
-        self.findable.evictions = self.manager.stats().evictions
+        old, self.findable = self.findable, Findable(self.cache.num_blocks, self.findable.num_places)
+        self.findable.evictions, self.findable.offloaded = old.evictions, old.offloaded
+        self.findable.restored = old.restored
         self.check()
+
+    def _take_room(
+        self,
+        batch: Batch,
+        new: Mapping[CachedSequence, Sequence[int]],
+        tables: Mapping[CachedSequence, Sequence[int]],
+        owners: Mapping[int, int],
+    ) -> None:
+        """What the manager has done to the blocks, told the model: by what the tables were and are."""
+        findable, after = self.findable, self.owners()
+        reading, writing = {}, {}  # of what is on the host
+        for sequence, tokens in new.items():
+            expected = self.expected[sequence]
+            begun = bool(len(expected.tokens) % self.block_size and len(tokens) and expected.host)
+            reading[sequence] = expected.host[: len(expected.host) - begun]
+            writing[sequence] = expected.host[len(expected.host) - begun :]
+        still_there = [key for keys in reading.values() for key in keys if findable.in_pool(key)]
+        kept = [block for block in findable.cached if findable.contents[block] in still_there]
+        findable.share(kept)
+        findable.take(len(after.keys() - owners.keys() - set(kept)), len(owners) + len(kept))
+        fetched = {key for keys in reading.values() for key in keys if not findable.in_pool(key)}
+        findable.restored += len(fetched) + sum(map(len, writing.values()))
+        for sequence, keys in reading.items():
+            table, expected = sequence.block_table.tolist(), self.expected[sequence]
+            first = len(tables[sequence]) - len(expected.host)
+            for i, key in enumerate(keys):
+                if isinstance(key, tuple):
+                    findable.contents[table[first + i]] = key
+            findable.let_go(keys)
+        begun = []
+        for sequence, tokens in new.items():
+            column, offset = divmod(len(self.expected[sequence].tokens), self.block_size)
+            if offset and len(tokens):
+                begun.append((sequence, tables[sequence][column], int(sequence.block_table[column])))
+        for sequence, old, block in begun:
+            if old >= 0 and block != old and not after[old]:  # those who wait on the host need it
+                findable.release(old)
+        for sequence, old, _ in begun:
+            if old < 0:
+                findable.let_go(writing[sequence])
+        for _, old, block in begun:
+            if block == old:
+                findable.write(old)
+        for sequence, _, _ in begun:
+            del self.expected[sequence].keys[len(self.expected[sequence].tokens) // self.block_size :]
+        for sequence in new:
+            self.expected[sequence].host = []
 
     def _release(self, blocks: Sequence[int], owners: Mapping[int, int]) -> None:
         for block in reversed(blocks):
@@ -217,6 +369,10 @@ class Served:
             {block: set(twins) for block, twins in pool._twins.items()},
             pool._allocator.stats(),
             self.bytes(),
+            list(pool._host_line),
+            list(pool._places.spare),
+            pool._places._of_block.tolist(),
+            self.manager._rows.on_host.tolist(),
         )
 
     def bytes(self) -> bytes:
@@ -230,26 +386,66 @@ class Served:
         stats = self.manager.stats()
         assert stats.num_sequences == len(self.expected)
         assert (stats.cached_blocks, stats.evictions) == (len(self.findable.cached), self.findable.evictions)
-        in_line = [block for run in self.manager._pool._line for block in reversed(run.blocks)]
-        assert in_line == self.findable.cached
-        tables = [sequence.block_table for sequence in self.expected]
+        self.check_lines()
+        in_pool = [len(sequence.block_table) - len(self.expected[sequence].host) for sequence in self.expected]
+        for sequence, count in zip(self.expected, in_pool, strict=True):
+            assert (sequence.block_table[:count] >= 0).all()
+            assert (sequence.block_table[count:] < 0).all()
+            self._check_host(sequence, count)
+        tables = [sequence.block_table[:count] for sequence, count in zip(self.expected, in_pool, strict=True)]
         assert stats.live_blocks == len({block for table in tables for block in table.tolist()})
         lengths = [len(expected.tokens) for expected in self.expected.values()]
         assert [sequence.num_tokens for sequence in self.expected] == lengths
+        lengths = [min(n, count * self.block_size) for n, count in zip(lengths, in_pool, strict=True)]
         if not sum(lengths):
             return
         padded = np.full((len(tables), max(map(len, tables))), -1, np.int32)
         for row, table in zip(padded, tables, strict=True):
             row[: len(table)] = table
         got = [self.device.numpy(array) for array in self.cache.gather_all(padded, lengths)]
-        rows = np.concatenate([rows_of(e.salt, e.tokens) for e in self.expected.values()], axis=2)
+        rows = np.concatenate(
+            [rows_of(e.salt, e.tokens[:n]) for e, n in zip(self.expected.values(), lengths, strict=True)], axis=2
+        )
         for tensor, array in enumerate(got):
             wrong = np.argwhere((array != rows[tensor]).any(axis=(0, 2, 3))).ravel()
             assert not len(wrong), f"tokens {wrong.tolist()} of {lengths} differ in {'KV'[tensor]}"
 
+    def check_lines(self) -> None:
+        """What would be evicted, in which order, and what is on the host."""
+        pool, findable = self.manager._pool, self.findable
+        assert [block for run in pool._line for block in reversed(run.blocks)] == findable.cached
+        if not findable.num_places:
+            return
+        salts = {id(root): (kind, salt) for (kind, salt), root in pool._roots.items()}
+        keys = []
+        for run in pool._host_line:
+            tokens, above = bytes(run.tokens), run.parent
+            while above.parent is not None:
+                tokens, above = bytes(above.tokens) + tokens, above.parent
+            numbers = np.frombuffer(tokens, np.int32).tolist()
+            ends = range(run.end * self.block_size, run.first * self.block_size, -self.block_size)
+            keys += [(salts[id(above)], tuple(numbers[:end])) for end in ends]
+        assert keys == findable.cached_on_host
+        stats = self.manager.stats()
+        assert (stats.live_host_blocks, stats.cached_host_blocks) == (len(findable.held), len(keys))
+        spare = pool._places.blocks_of(np.array(list(pool._places.spare), np.int32)).tolist()
+        assert [findable.contents[block] for block in spare] == findable.spare
+        counts = stats.offloaded, stats.restored
+        assert counts == (findable.offloaded, findable.restored), (counts, findable.offloaded, findable.restored)
+
+    def _check_host(self, sequence: CachedSequence, first: int) -> None:
+        """K and V of a sequence's blocks from ``first`` on, which are on the host."""
+        expected = self.expected[sequence]
+        tokens = expected.tokens[first * self.block_size :]
+        if tokens:
+            mover, places = self.manager._mover, self.manager._rows.blocks(sequence._row)[first:]
+            held = mover.read(places).reshape(-1, 2, NUM_LAYERS, self.block_size, 1, ROW).transpose(1, 2, 0, 3, 4, 5)
+            held = held.reshape(2, NUM_LAYERS, -1, 1, ROW)[:, :, : len(tokens)]
+            assert (held == rows_of(expected.salt, expected.tokens)[:, :, first * self.block_size :]).all()
+
     def owners(self) -> Counter[int]:
-        """How many owners each live block has."""
-        return Counter(block for sequence in self.expected for block in sequence.block_table.tolist())
+        """How many owners each live block of the pool has."""
+        return Counter(block for sequence in self.expected for block in sequence.block_table.tolist() if block >= 0)
 
     def _check_arrays(self, batch: Batch, new: Mapping[CachedSequence, Sequence[int]], buffers: Any) -> None:
         slots, positions, seq_lens, cu_seqlens, tables = [], [], [], [0], []

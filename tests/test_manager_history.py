@@ -34,24 +34,26 @@ class Seldom(Served):
             super().check()
         elif self.calls % 10 == 0:
             self.manager.check_integrity()
-        pool = self.manager._pool
-        assert [block for run in pool._line for block in reversed(run.blocks)] == self.findable.cached
-        assert pool.evictions == self.findable.evictions
+        self.check_lines()
+        assert self.manager._pool.evictions == self.findable.evictions
 
     def state(self) -> Any:
         return self.manager.stats(), self.manager._pool._owners.tobytes()
 
 
-@pytest.mark.parametrize(("block_size", "num_blocks"), [(1, 40), (3, 60), (4, 200)])
-def test_a_long_history(rng, block_size, num_blocks):
-    served = Seldom(Host(), num_blocks, block_size)
+@pytest.mark.parametrize(
+    ("block_size", "num_blocks", "host_blocks"),
+    [(1, 40, 0), (3, 60, 0), (4, 200, 0), (1, 30, 10), (3, 40, 60), (4, 80, 400)],
+)
+def test_a_long_history(rng, block_size, num_blocks, host_blocks):
+    served = Seldom(Host(), num_blocks, block_size, host_blocks=host_blocks)
     happened: Counter[str] = Counter()
     runs = 0
     room = num_blocks * block_size
     for _ in range(STEPS):
         idle = [s for s in served.expected if not any(s in new for new in served.open.values())]
         some = idle[rng.integers(len(idle))] if idle else None
-        match rng.integers(12):
+        match rng.integers(14 if host_blocks else 12):
             case 0 | 1 | 2 if len(served.expected) < 8:
                 # Prompts that begin alike, and part at any token: of two or three numbers, mostly 0.
                 tokens = (rng.random(rng.integers(1, room // 4)) < 0.03) * rng.integers(1, 3)
@@ -76,7 +78,11 @@ def test_a_long_history(rng, block_size, num_blocks):
                 served.truncate(some, int(rng.integers(some.num_tokens + 1)))
             case 10 | 11 if idle:
                 served.free(some)
-            case _ if rng.random() < 0.001 and not served.manager.stats().live_blocks:
+            case 12 | 13 if idle:
+                happened["offloads"] += bool(some.num_tokens) and not some.num_host_blocks
+                with suppress(OutOfBlocksError):
+                    served.offload(some)
+            case _ if rng.random() < 0.001 and not served.expected:
                 served.reset_prefix_cache()
         happened["twins"] += bool(served.manager._pool._twins)
         before, runs = runs, len(runs_of(served.manager._pool))
@@ -86,4 +92,6 @@ def test_a_long_history(rng, block_size, num_blocks):
     Served.check(served)
     stats = served.manager.stats()
     happened.update(evictions=stats.evictions, copies=stats.copies or (block_size == 1 and STEPS))
+    if host_blocks:
+        happened.update(offloaded=stats.offloaded, restored=stats.restored)
     assert min(happened.values()) > STEPS // 1000, happened

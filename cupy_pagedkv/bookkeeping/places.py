@@ -74,7 +74,7 @@ class Places:
         return places
 
     def give_up_spares(self, count: int) -> None:
-        """Free ``count`` of the spare places."""
+        """Free ``count`` of the spare places, or all of them if there are fewer."""
         if count > 0:
             given_up = np.array([place for place, _ in zip(self.spare, range(count), strict=False)], np.int32)
             self.part(self.blocks_of(given_up))

@@ -216,20 +216,11 @@ class BlockPool:
         places = np.full(in_pool, -1, np.int32)
         places[: len(found)] = self._places.of(found)
         missing = places < 0
-        wanted, spares = int(np.count_nonzero(missing)), self._unspare(places[~missing])
-        available = self.num_available_places
-        try:
-            if wanted > available:
-                raise OutOfBlocksError(wanted, available, self.num_places, "places on the host")
-            places[missing] = new = self._take_places(wanted)
-            try:
-                self._copy_out(ours[missing], new)
-            except BaseException:
-                self._places.free(new)
-                raise
-        except BaseException:
-            self._places.spare.update(dict.fromkeys(spares))
-            raise
+        wanted = int(np.count_nonzero(missing))
+        available = self.num_available_places - sum(place in self._places.spare for place in places.tolist())
+        if wanted > available:
+            raise OutOfBlocksError(wanted, available, self.num_places, "places on the host")
+        places[missing] = self._copy_out(ours[missing], places[~missing])
         self._places.pair(found, places[: len(found)])
         self._owners[places] += 1
         self.release(ours, 0, run, known)
@@ -463,20 +454,9 @@ class BlockPool:
         owned = (places >= 0) & (self._owners[places] > 0)
         room = self.num_available_places
         kept = owned | (np.cumsum(~owned[::-1])[::-1] <= room)
-        spares = self._unspare(places[kept & ~owned])
         leaving = kept & (places < 0)
-        try:
-            new = self._take_places(int(np.count_nonzero(leaving)))
-            try:
-                # In the order of their run, so that blocks that follow each other do so on the host.
-                self._copy_out(blocks[leaving][::-1], new)
-            except BaseException:
-                self._places.free(new)
-                raise
-        except BaseException:
-            self._places.spare.update(dict.fromkeys(spares))
-            raise
-        places[leaving] = new[::-1]
+        # In the order of their run, so that blocks that follow each other do so on the host.
+        places[leaving] = self._copy_out(blocks[leaving][::-1], places[kept & ~leaving])[::-1]
         self._places.part(blocks[kept])
         self._free_spares(blocks[~kept])
         start = 0
@@ -508,18 +488,26 @@ class BlockPool:
             run = self._join([run, behind[0]])
         self._host_line.append(run)
 
-    def _take_places(self, count: int) -> _Blocks:
-        """Places that hold nothing any more: free, spare, and then cached ones, the oldest first; there are enough."""
-        self._places.give_up_spares(min(count - self._places.num_free, len(self._places.spare)))
-        missing = count - self._places.num_free
-        if missing > 0:
-            self._places.free(self._drop(self._host_line, missing))
-        return self._places.take(count)
-
-    def _copy_out(self, blocks: _Blocks, places: _Blocks) -> None:
-        if len(blocks):
-            self._store(blocks, places)
-            self.offloaded += len(blocks)
+    def _copy_out(self, blocks: _Blocks, needed: _Blocks) -> _Blocks:
+        """Copy blocks to places that hold nothing any more, which are returned: free ones, spare ones but for those
+        ``needed``, which are not spare any more, and then cached ones, the oldest first. There are enough."""
+        spares = [place for place in needed.tolist() if place in self._places.spare]
+        for place in spares:
+            del self._places.spare[place]
+        count = len(blocks)
+        self._places.give_up_spares(count - self._places.num_free)
+        if count > self._places.num_free:
+            self._places.free(self._drop(self._host_line, count - self._places.num_free))
+        places = self._places.take(count)
+        if count:
+            try:
+                self._store(blocks, places)
+            except BaseException:
+                self._places.free(places)
+                self._places.spare.update(dict.fromkeys(spares))
+                raise
+        self.offloaded += count
+        return places
 
     def _release_places(self, places: _Blocks, first: int, run: Run | None, known: int) -> None:
         """Of :meth:`release` what is on the host."""
@@ -535,17 +523,11 @@ class BlockPool:
             assert run is not None
             self._retire(run.at(known), first + int(cached.argmax()))
 
-    def _unspare(self, places: _Blocks) -> list[int]:
-        """Those of ``places`` that were spare, and are not any more."""
-        spares = [place for place in places.tolist() if place in self._places.spare]
-        for place in spares:
-            del self._places.spare[place]
-        return spares
-
     def _free_spares(self, blocks: _Blocks) -> None:
         """What ``blocks`` of the pool hold is to be found no more: nor in their places on the host."""
         places = self._places.part(blocks)
-        self._unspare(places)
+        for place in places.tolist():
+            del self._places.spare[place]
         self._places.free(places)
 
     def _in_pool(self, blocks: _Blocks) -> int:
@@ -651,7 +633,9 @@ class BlockPool:
 
     def _is_awaited(self, run: Run) -> bool:
         """Whether somebody owns places of what a run in the pool holds, and may remember that run."""
-        place = int(self._places.of(np.array(run.blocks[:1], np.int32))[0]) if self.num_places else -1
+        if run.on_host or not self.num_places:
+            return False
+        place = int(self._places.of(np.array(run.blocks[:1], np.int32))[0])
         return place >= 0 and bool(self._owners[place])
 
     def _pass_on(self, old: _Blocks, new: _Blocks) -> None:
