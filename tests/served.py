@@ -425,7 +425,7 @@ class Served:
             numbers = np.frombuffer(tokens, np.int32).tolist()
             ends = range(run.end * self.block_size, run.first * self.block_size, -self.block_size)
             keys += [(salts[id(above)], tuple(numbers[:end])) for end in ends]
-        assert keys == findable.cached_on_host
+        assert keys == findable.cached_on_host, (keys, findable.cached_on_host)
         stats = self.manager.stats()
         assert (stats.live_host_blocks, stats.cached_host_blocks) == (len(findable.held), len(keys))
         spare = pool._places.blocks_of(np.array(list(pool._places.spare), np.int32)).tolist()

@@ -223,7 +223,7 @@ class BlockPool:
         places[missing] = self._copy_out(ours[missing], places[~missing])
         self._places.pair(found, places[: len(found)])
         self._owners[places] += 1
-        self.release(ours, 0, run, known)
+        self.release(ours, 0, run, min(known, in_pool))
         return np.concatenate([places, blocks[in_pool:]])
 
     def blocks_of(self, places: _Blocks) -> _Blocks:
