@@ -331,8 +331,8 @@ class Served:
             column, offset = divmod(len(self.expected[sequence].tokens), self.block_size)
             if offset and len(tokens):
                 begun.append((sequence, tables[sequence][column], int(sequence.block_table[column])))
-        for sequence, old, block in begun:
-            if old >= 0 and block != old and not after[old]:  # those who wait on the host need it
+        for old in dict.fromkeys(old for _, old, block in begun if old >= 0 and block != old):
+            if not after[old]:  # those who wait on the host need it
                 findable.release(old)
         for sequence, old, _ in begun:
             if old < 0:
