@@ -20,7 +20,7 @@ import safetensors.numpy
 import xxhash
 from served import NUM_LAYERS, ROW, Expected, Findable, Served, rows_of
 
-from cupy_pagedkv import CachedSequence, DamagedFileError, KVCacheManager, LayeredPagedKVCache, OutOfBlocksError
+from cupy_pagedkv import DamagedFileError, KVCacheManager, LayeredPagedKVCache, OutOfBlocksError
 from cupy_pagedkv.bookkeeping.dtypes import as_dtype
 from cupy_pagedkv.caches import files
 
@@ -706,7 +706,7 @@ class Judge:
             for pool, rows in zip(self.pools, self.rows[key], strict=True):
                 assert (pool[:, block] == rows).all()
         for name, sequence in manager.named.items():
-            prompt, num_cached, tokens, salt = self.named[name]
+            prompt, num_cached, tokens, _ = self.named[name]
             assert (sequence._prompt.tolist(), sequence.num_cached_tokens) == (prompt, num_cached)
             assert sequence.num_tokens == len(tokens)
             if tokens:
@@ -724,8 +724,7 @@ class Judge:
         self.cache._k_caches[:] = self.cache._v_caches[:] = 0
         try:
             manager = KVCacheManager.load(self.cache, self.path, salvage=salvage)
-        except ValueError as error:
-            assert isinstance(error, DamagedFileError) or "they must be the same" in str(error), error
+        except DamagedFileError:
             return None
         return self.state(manager)
 
@@ -906,7 +905,7 @@ FORGERIES: list[tuple[str, Callable[..., None], str]] = [
     ("heads in bools", set_index(num_kv_heads=True), "the index has the num_kv_heads True"),
     ("a fingerprint of none", set_index(fingerprint=0), "the index has the fingerprint 0"),
     *(
-        (f"{name} {number}", set_sequence(**{name: number}), "sequence 0 in the|the tensor prompts|the index is no JSON")
+        (f"{name} {number}", set_sequence(**{name: number}), "sequence 0 in the|the tensor prompts|no JSON")
         for name in ("run", "num_known", "num_tokens", "num_cached", "prompt")
         for number in NUMBERS
         if (name, number) != ("run", -1)

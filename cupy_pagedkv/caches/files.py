@@ -269,7 +269,7 @@ def _read(manager: Manager, blocks: npt.NDArray[np.int32]) -> _Bytes:
     out = np.empty((len(blocks), 2, len(cache), cache.block_size, _row_bytes(cache)), np.uint8)
     if len(blocks):
         for tensor, rows in enumerate(cache.gather_all(blocks[None], [len(blocks) * cache.block_size])):
-            host = backend.asnumpy(rows.view(np.uint8))  # as bytes: CuPy does not copy every dtype back
+            host = backend.asnumpy(rows.reshape(-1).view(np.uint8))  # as bytes: CuPy does not copy every dtype back
             out[:, tensor] = host.reshape(len(cache), len(blocks), *out.shape[3:]).swapaxes(0, 1)
     return out.reshape(len(blocks), -1)
 
@@ -278,9 +278,10 @@ def _write_rows(manager: Manager, rows: _Bytes, batch: Batch) -> None:
     """K and V of a batch's tokens: ``[2, num_layers, num_tokens, bytes of a row]``."""
     cache, dtype = manager._cache, manager._cache[0].dtype
     backend = backend_of(("the cache",), cache[0].k_cache)
-    shape = (*rows.shape[1:3], cache[0].num_heads, cache[0].head_dim * dtype.itemsize)
+    shape = (*rows.shape[1:3], cache[0].num_heads, cache[0].head_dim)
     keys, values = (
-        backend.from_numpy(np.ascontiguousarray(tensor).reshape(shape), manager._place).view(dtype) for tensor in rows
+        backend.from_numpy(np.ascontiguousarray(tensor).reshape(-1), manager._place).view(dtype).reshape(shape)
+        for tensor in rows
     )
     cache.update_all(keys, values, batch.slot_mapping)
 
@@ -441,7 +442,7 @@ def load(manager: Manager, path: str | os.PathLike[str], *, fingerprint: str | N
     hashes, tqdm = _Hashes(), _module("tqdm").tqdm
     safetensors = None if salvage else _module("safetensors")
     _check_fingerprint(fingerprint)
-    cache = manager._cache
+    cache, path = manager._cache, os.fsdecode(path)
     with open(path, "rb", buffering=0) as raw:
         size = os.fstat(raw.fileno()).st_size
         if size < 8:
@@ -469,10 +470,8 @@ def load(manager: Manager, path: str | os.PathLike[str], *, fingerprint: str | N
         if not salvage:
             _check_siblings(paths, small["tokens"])
             alike = manager._prefix_caching and index.block_size == cache.block_size
-            if (
-                alike and index.num_blocks + index.num_begun > cache.num_blocks
-            ):  # better known now than when all is read
-                raise _no_room(index, cache)
+            if alike and index.num_blocks + index.num_begun > cache.num_blocks:
+                raise _no_room(index, cache)  # before all of it is read
         num_bytes = _num_bytes(*tensors["blocks"])
         with tqdm(total=num_bytes, desc="loading", unit="B", unit_scale=True, disable=None) as bar:
             reader = _Reader(raw, offsets["blocks"], index, paths, small, hashes, block_bytes, salvage, bar)
@@ -779,7 +778,9 @@ def _name_of(dtype: np.dtype[Any]) -> str:
     if dtype.fields is not None:
         fields = (f"{name!r}: {_name_of(field[0])} at {field[1]}" for name, field in dtype.fields.items())
         return f"{{{', '.join(fields)}; {dtype.itemsize} bytes}}"
-    return dtype.str if np.dtype(dtype.str) == dtype else dtype.name  # bfloat16 and its kin
+    if 0 <= dtype.num < 256:  # NumPy's own; bfloat16 and its kin have others
+        return dtype.str
+    return dtype.name if dtype.isnative else f"{dtype.name} swapped"
 
 
 def _row_bytes(cache: LayeredPagedKVCache) -> int:
