@@ -231,9 +231,6 @@ def test_without_prefix_caching_named_sequences_are_loaded_alone(host, tmp_path)
     loaded = load(served, tmp_path / "cache", prefix_caching=False)
     assert loaded.manager.named.keys() == {"a", "b", "c", "d", "e"}
     assert loaded.manager.stats().cached_blocks == 0
-    damage(tmp_path / "cache", -1)
-    with pytest.raises(DamagedFileError, match="block 17 of 18 in the file is damaged"):
-        load(served, tmp_path / "cache", prefix_caching=False)
 
 
 def test_without_prefix_caching_nothing_is_saved(host, tmp_path):
@@ -278,6 +275,16 @@ def test_pools_of_other_sizes(host, tmp_path, num_blocks):
             load(served, tmp_path / "cache", num_blocks=8, salvage=True)
     else:
         check_same(served, load(served, tmp_path / "cache", num_blocks=num_blocks))
+
+
+def test_named_sequences_alone_have_to_fit(host, tmp_path):
+    served = Served(host, 20, 4)
+    run(served, "a", range(16))
+    run(served, "b", [*range(8), 9, 9, 9])
+    served.manager.save(tmp_path / "cache")  # of which nothing is shared then
+    load(served, tmp_path / "cache", num_blocks=7, prefix_caching=False)
+    with pytest.raises(ValueError, match="5 blocks of 4 tokens, and the cache with 6 of 4 has no room"):
+        load(served, tmp_path / "cache", num_blocks=6, prefix_caching=False)
 
 
 def test_a_pool_that_is_full_is_loaded_into_one_as_large(host, tmp_path):
@@ -606,6 +613,27 @@ def test_whatever_fails_leaves_the_old_file(host, tmp_path, monkeypatch, what, e
     assert served.state() == before
 
 
+def test_what_is_written_is_on_the_disk_before_its_name_is(host, tmp_path, monkeypatch):
+    served, calls = sample(host), []
+    fsync, replace = os.fsync, os.replace
+
+    def syncing(descriptor: int) -> None:
+        calls.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def replacing(source: Any, target: Any) -> None:
+        calls.append((source, target))
+        assert os.path.getsize(source) > 4000
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "replace", replacing)
+    served.manager.save(tmp_path / "cache")
+    temporary = calls[0]
+    assert os.path.dirname(temporary) == str(tmp_path)
+    assert calls == [temporary, (temporary, str(tmp_path / "cache")), str(tmp_path)]
+
+
 KILLED = """
 import os, random, signal, sys, time
 import numpy as np
@@ -807,6 +835,53 @@ def test_any_block(judge):
         assert all(name not in named for name in gone)
 
 
+@pytest.mark.parametrize("options", [{"prefix_caching": False}, {"block_size": 1000}], ids=str)
+def test_what_is_not_loaded_has_to_be_whole_too(judge, options):
+    """Of blocks that fill none of another size, and of those that nobody finds."""
+    total, block_bytes = unpack(judge.path)[1]["blocks"].shape
+    load(judge.served, judge.path, **options)
+    for place in range(total):
+        judge.path.write_bytes(flipped(judge.whole, judge.blocks + (place + 1) * block_bytes - 1, 1))
+        with pytest.raises(DamagedFileError, match=f"block {place} of {total} in the file is damaged"):
+            load(judge.served, judge.path, **options)
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 8])
+def test_salvage_in_blocks_of_another_size(judge, block_size, monkeypatch):
+    monkeypatch.setattr(files, "CHUNK", 300)
+    _, tensors = unpack(judge.path)
+    total, block_bytes = tensors["blocks"].shape
+    everything = cuts(judge.served, block_size)
+    for place in range(total):
+        judge.path.write_bytes(flipped(judge.whole, judge.blocks + place * block_bytes, 1))
+        loaded = load(judge.served, judge.path, block_size, 400, salvage=True)
+        left = found(loaded.manager).keys()
+        assert left <= everything
+        rows = tensors["blocks"][place].reshape(2, NUM_LAYERS, 4, 1, ROW)
+        gone = [(s, t[:-4]) for (s, t), wanted in judge.rows.items() if (wanted == rows).all()]
+        if gone:  # what begins in the block, or behind it
+            ((salt, before),) = gone
+            behind = {
+                k for k in everything if k[0] == salt and k[1][: len(before)] == before and len(k[1]) > len(before)
+            }
+            assert everything - left <= behind
+        else:
+            assert len(everything - left) <= 3 // block_size
+
+
+def test_an_order_that_was_changed_is_damage(judge):
+    """Even if it is one; nothing else would tell."""
+    index, tensors = unpack(judge.path)
+    tensors["order"][:2] = tensors["order"][1::-1]
+    pack(judge.path, index, tensors, rehash=False)
+    changed = judge.path.read_bytes()
+    with pytest.raises(DamagedFileError, match="the runs, tokens, prompts or digests in the file are damaged"):
+        KVCacheManager.load(judge.cache, judge.path)
+    left, line, named = judge(changed, True)
+    assert (left, named) == (judge.rows.keys(), judge.named.keys())
+    assert line != judge.everything[1]
+
+
 def test_a_bad_order_is_not_kept(judge):
     index, tensors = unpack(judge.path)
     tensors["order"][0] = tensors["order"][1]
@@ -945,15 +1020,25 @@ def entry(**fields: Any) -> Callable[[Any], None]:
     return lambda header: header["runs"].update(fields)
 
 
+def offsets(name: str, forge: Callable[[int, int], Any]) -> Callable[[Any], None]:
+    """Other offsets of a tensor, made from the right ones."""
+    return lambda header: header[name].update(data_offsets=forge(*header[name]["data_offsets"]))
+
+
 HEADERS: list[tuple[str, Callable[[Any], None]]] = [
-    ("offsets that overlap", lambda header: header["order"].update(data_offsets=[0, header["order"]["shape"][0] * 4])),
-    ("offsets out of the file", entry(data_offsets=[2**40, 2**40 + 56])),
-    ("huge offsets", entry(data_offsets=[2**64, 2**64 + 56])),
-    ("negative offsets", entry(data_offsets=[-56, 0])),
-    ("offsets backwards", entry(data_offsets=[56, 0])),
-    ("float offsets", entry(data_offsets=[0.0, 56.0])),
-    ("three offsets", entry(data_offsets=[0, 28, 56])),
-    ("no offsets", entry(data_offsets=None)),
+    ("offsets that overlap", offsets("order", lambda begin, end: [0, end - begin])),
+    ("blocks that overlap", offsets("blocks", lambda begin, end: [begin - 8, end - 8])),
+    ("blocks past the end", offsets("blocks", lambda begin, end: [begin + 2**40, end + 2**40])),
+    ("blocks at a huge offset", offsets("blocks", lambda begin, end: [begin + 2**64, end + 2**64])),
+    ("offsets past the end", offsets("runs", lambda begin, end: [begin + 2**40, end + 2**40])),
+    ("huge offsets", offsets("runs", lambda begin, end: [begin + 2**64, end + 2**64])),
+    ("negative offsets", offsets("runs", lambda begin, end: [begin - end, 0])),
+    ("offsets backwards", offsets("runs", lambda begin, end: [end, begin])),
+    ("too short", offsets("runs", lambda begin, end: [begin, end - 8])),
+    ("float offsets", offsets("runs", lambda begin, end: [float(begin), float(end)])),
+    ("offsets of bools", offsets("runs", lambda begin, end: [False, end])),
+    ("three offsets", offsets("runs", lambda begin, end: [begin, end, end])),
+    ("no offsets", offsets("runs", lambda begin, end: None)),
     ("a giant shape", entry(shape=[2**40, 2])),
     ("a shape that overflows", entry(shape=[2**62, 4])),
     ("a negative shape", entry(shape=[-7, -2])),
@@ -977,7 +1062,44 @@ def test_forged_headers(judge, forge):
     changed = header_of(json.dumps(header).encode()) + judge.whole[judge.data :]
     assert judge(changed, False) is None
     state = judge(changed, True)
-    assert state is None or forge is HEADERS[0][1]  # where the order is read elsewhere
+    if forge in [forge for _, forge in HEADERS[1:4]]:  # then no block is whole
+        assert (*map(len, state),) == (0, 0, 1)  # but a sequence needs none
+    else:
+        assert state is None or forge is HEADERS[0][1]  # where the order is read elsewhere
+
+
+def test_giant_claims(judge):
+    """By an index and a header that agree with each other."""
+    header = json.loads(judge.whole[8 : judge.data])
+    index = json.loads(header["__metadata__"]["index"])
+    for name, number in [("num_blocks", 2**40), ("num_runs", 2**40), ("num_blocks", 2**61), ("block_size", 2**30)]:
+        forged = {
+            **index,
+            name: number,
+            "sequences": [{**s, "num_tokens": 0, "num_known": 0} for s in index["sequences"]],
+        }
+        size, num_blocks, num_runs = forged["block_size"], forged["num_blocks"], forged["num_runs"]
+        shapes = {
+            "runs": [num_runs, 2], "order": [num_runs], "tokens": [num_blocks, size],
+            "prompts": header["prompts"]["shape"], "digests": [num_blocks, 16],
+            "blocks": [num_blocks, 2 * NUM_LAYERS * ROW * size],
+        }  # fmt: skip
+        text, end = json.dumps(forged), 0
+        entries: dict[str, Any] = {
+            "__metadata__": {"index": text, "checksum": xxhash.xxh3_128(text.encode()).hexdigest()}
+        }
+        for tensor, shape in shapes.items():
+            begin, end = end, end + int(np.prod(shape, dtype=object)) * (1 if tensor in ("digests", "blocks") else 4)
+            kind = "U8" if tensor in ("digests", "blocks") else "I32"
+            entries[tensor] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+        judge.path.write_bytes(header_of(json.dumps(entries).encode()) + judge.whole[judge.data :])
+        for salvage in (False, True):
+            tracemalloc.start()
+            with pytest.raises(DamagedFileError, match="safetensors" if not salvage else "ends within the tensor"):
+                KVCacheManager.load(judge.cache, judge.path, salvage=salvage)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert peak < 1_000_000
 
 
 def index_of(text: str) -> bytes:
@@ -1048,7 +1170,7 @@ def test_files_larger_than_memory(host, tmp_path, monkeypatch):
     assert peak < size / 10
 
 
-def test_a_long_chain_is_loaded_in_no_more_than_its_length(host, tmp_path):
+def test_a_long_chain_is_loaded_in_no_more_than_its_length(host, tmp_path, monkeypatch):
     """Each block is read once, and no K or V of those before it."""
     served = Served(host, 300, 4)
     stem = [*range(800)]
@@ -1068,6 +1190,13 @@ def test_a_long_chain_is_loaded_in_no_more_than_its_length(host, tmp_path):
     finally:
         files._Reader.read = read
     assert sum(reads) == manager.stats().cached_blocks == len(unpack(tmp_path / "cache")[1]["blocks"]) > 200
+
+    damage(tmp_path / "cache", -manager.stats().cached_blocks * 2 * NUM_LAYERS * 4 * ROW)  # the first block of all
+    num_bytes = []
+    into = files._read_into
+    monkeypatch.setattr(files, "_read_into", lambda out, *rest: num_bytes.append(out.nbytes) or into(out, *rest))
+    assert KVCacheManager.load(cache, tmp_path / "cache", salvage=True).stats().cached_blocks == 0
+    assert sum(num_bytes) < (tmp_path / "cache").stat().st_size
 
 
 def test_bars_are_for_terminals(host, tmp_path, capfd):

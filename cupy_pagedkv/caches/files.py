@@ -527,8 +527,7 @@ def _load_named(manager: Manager, reader: _Reader) -> None:
 def _restore(
     manager: Manager, reader: _Reader, sequence: CachedSequence, tokens: _Tokens, places: _Ints, end: int
 ) -> None:
-    """Let a sequence grow to ``end`` of its tokens, whose K and V are at ``places``, or to the last whole block of the
-    cache before something damaged."""
+    """Let a sequence grow to ``end`` of its tokens, whose K and V are at ``places``, or to what is damaged before."""
     index = reader.index
     cache = manager._cache
     row_bytes, at = _row_bytes(cache), sequence.num_tokens
@@ -539,7 +538,7 @@ def _restore(
         wanted = places[first : -(-stop // index.block_size)]
         blocks = reader.read(wanted)
         if len(blocks) < len(wanted):
-            end = stop = (first + len(blocks)) * index.block_size // cache.block_size * cache.block_size
+            end = stop = (first + len(blocks)) * index.block_size
             if stop <= at:
                 break
         try:
