@@ -1068,6 +1068,19 @@ def test_forged_headers(judge, forge):
         assert state is None or forge is HEADERS[0][1]  # where the order is read elsewhere
 
 
+def test_a_name_that_comes_twice(judge):
+    """Readers do not agree on which of the two counts."""
+    header = judge.whole[8 : judge.data].decode()
+    text = json.loads(header)["__metadata__"]["index"]
+    twice = text.replace("{", '{"version": 2, ', 1)
+    checksum = xxhash.xxh3_128(twice.encode()).hexdigest()
+    fields = {**json.loads(header), "__metadata__": {"index": twice, "checksum": checksum}}
+    for forged in (header.replace("{", '{"runs": 1, ', 1), json.dumps(fields)):
+        judge.path.write_bytes(header_of(forged.encode()) + judge.whole[judge.data :])
+        with pytest.raises(DamagedFileError, match="is no JSON: a name comes twice"):
+            KVCacheManager.load(judge.cache, judge.path, salvage=True)
+
+
 def test_giant_claims(judge):
     """By an index and a header that agree with each other."""
     header = json.loads(judge.whole[8 : judge.data])
