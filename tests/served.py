@@ -178,8 +178,8 @@ class Served:
         self.expected: dict[CachedSequence, Expected] = {}
         self.open: dict[Batch, dict[CachedSequence, list[int]]] = {}
 
-    def add(self, tokens: Sequence[int], salt: Any = None) -> CachedSequence:
-        sequence = self.manager.add(np.array(tokens, np.int64), salt=salt)
+    def add(self, tokens: Sequence[int], salt: Any = None, name: str | None = None) -> CachedSequence:
+        sequence = self.manager.add(np.array(tokens, np.int64), salt=salt, name=name)
         cached = sequence.num_cached_tokens
         assert cached == sequence.num_tokens == len(sequence.block_table) * self.block_size
         assert cached < max(1, len(tokens))

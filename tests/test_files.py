@@ -49,10 +49,8 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Host:
 def run(served: Served, name: str | None, tokens: Sequence[int], salt: Any = None, length: int | None = None) -> Any:
     """A sequence with the first ``length`` of the tokens of its prompt in the cache."""
     tokens = list(tokens)
-    sequence = served.manager.add(tokens, salt=salt, name=name)
+    sequence = served.add(tokens, salt, name)
     cached = sequence.num_cached_tokens
-    served.findable.share(sequence.block_table.tolist())
-    served.expected[sequence] = Expected(salt, tokens[:cached])
     try:
         served.append(sequence, tokens[cached : len(tokens) if length is None else max(length, cached)])
     except OutOfBlocksError:
@@ -82,11 +80,10 @@ def load(served: Served, path: Any, block_size: int = 0, num_blocks: int = 0, **
     blocks = found(loaded.manager)
     loaded.findable.contents = {block: key for key, block in blocks.items()}
     loaded.findable.cached = [block for run in loaded.manager._pool._line for block in reversed(run.blocks)]
-    loaded.expected = {
-        loaded.manager.named[name]: Expected(served.expected[sequence].salt, list(served.expected[sequence].tokens))
-        for name, sequence in served.manager.named.items()
-        if name in loaded.manager.named
-    }
+    for name, sequence in loaded.manager.named.items():
+        known = served.expected[served.manager.named[name]]
+        keys = loaded.keys(known.salt, known.tokens)
+        loaded.expected[sequence] = Expected(known.salt, list(known.tokens), keys, [])
     assert set(loaded.expected) == set(loaded.manager.sequences)
     loaded.check()  # all named sequences byte for byte, and that all adds up
     check_found(loaded, blocks)

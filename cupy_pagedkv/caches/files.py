@@ -52,6 +52,7 @@ from ..devices.backend import backend_of
 from .batch import Batch
 from .cache import LayeredPagedKVCache
 from .sequence import CachedSequence
+from .tier import BlockMover
 
 __all__ = ["DamagedFileError", "load", "save"]
 
@@ -81,6 +82,7 @@ class Manager(Protocol):
     _rows: SequenceRows
     _place: Any
     _prefix_caching: bool
+    _mover: BlockMover | None
 
     @property
     def named(self) -> dict[str, CachedSequence]: ...
@@ -104,6 +106,8 @@ class _Named(NamedTuple):
     """How many tokens."""
     checksum: str
     """Of the prompt."""
+    parked: bool
+    """Whether all of it was on the host."""
 
 
 class _Index(NamedTuple):
@@ -254,23 +258,28 @@ def save(manager: Manager, path: str | os.PathLike[str], *, fingerprint: str | N
 
 
 def _in_order(pool: BlockPool) -> list[Run]:
-    """All runs, the one to be evicted first first: the cached ones, then the live ones, each behind its children."""
-    live = [*pool._roots.values()]
-    num_roots = len(live)
-    for run in live:  # which grows
-        live += [child for child in run.children.values() if child.newer is None]
-    return [*pool._line, *live[num_roots:][::-1]]
+    """All runs, the one to be lost first first: the cached ones, on the host and in the pool, then those that sequences
+    own, each behind its children."""
+    runs = [*pool._roots.values()]
+    num_roots = len(runs)
+    for run in runs:  # which grows
+        runs += run.children.values()
+    return [*pool._host_line, *pool._line, *(run for run in runs[num_roots:][::-1] if run.newer is None)]
 
 
 def _read(manager: Manager, blocks: npt.NDArray[np.int32]) -> _Bytes:
-    """K and V of blocks, as bytes in host memory: ``[n, 2 * num_layers * block_size * num_kv_heads * …]``."""
+    """K and V of blocks, wherever they are, as bytes: ``[n, 2 * num_layers * block_size * num_kv_heads * …]``."""
     cache = manager._cache
     backend = backend_of(("the cache",), cache[0].k_cache)
     out = np.empty((len(blocks), 2, len(cache), cache.block_size, _row_bytes(cache)), np.uint8)
-    if len(blocks):
-        for tensor, rows in enumerate(cache.gather_all(blocks[None], [len(blocks) * cache.block_size])):
+    in_pool = blocks < cache.num_blocks
+    if in_pool.any():
+        count = np.count_nonzero(in_pool)
+        for tensor, rows in enumerate(cache.gather_all(blocks[None, in_pool], [count * cache.block_size])):
             host = backend.asnumpy(rows.reshape(-1).view(np.uint8))  # as bytes: CuPy does not copy every dtype back
-            out[:, tensor] = host.reshape(len(cache), len(blocks), *out.shape[3:]).swapaxes(0, 1)
+            out[in_pool, tensor] = host.reshape(len(cache), count, *out.shape[3:]).swapaxes(0, 1)
+    if manager._mover is not None and not in_pool.all():
+        out[~in_pool] = manager._mover.read(blocks[~in_pool]).reshape(-1, *out.shape[1:])
     return out.reshape(len(blocks), -1)
 
 
@@ -354,7 +363,8 @@ def _contents(
         prompts.append(sequence._prompt.astype("<i4"))
         checksum = hashes.checksum(prompts[-1])
         where = place(sequence._run.at(known))
-        named.append(_Named(name, where, known, length, sequence.num_cached_tokens, len(prompts[-1]), checksum))
+        parked = 0 < sequence.num_host_blocks == len(sequence.block_table)
+        named.append(_Named(name, where, known, length, sequence.num_cached_tokens, len(prompts[-1]), checksum, parked))
         if rest > 0:
             last.append(rows.blocks(row)[known : known + 1])
             tail = np.zeros((1, size), np.int32)
@@ -470,8 +480,8 @@ def load(manager: Manager, path: str | os.PathLike[str], *, fingerprint: str | N
         if not salvage:
             _check_siblings(paths, small["tokens"])
             alike = manager._prefix_caching and index.block_size == cache.block_size
-            if alike and index.num_blocks + index.num_begun > cache.num_blocks:
-                raise _no_room(index, cache)  # before all of it is read
+            if alike and index.num_blocks + index.num_begun > cache.num_blocks + manager._pool.num_places:
+                raise _no_room(index, manager)  # before all of it is read
         num_bytes = _num_bytes(*tensors["blocks"])
         with tqdm(total=num_bytes, desc="loading", unit="B", unit_scale=True, disable=None) as bar:
             reader = _Reader(raw, offsets["blocks"], index, paths, small, hashes, block_bytes, salvage, bar)
@@ -502,7 +512,7 @@ def _load_named(manager: Manager, reader: _Reader) -> None:
     """Add the sequences that have names, all of which is whole."""
     index, paths = reader.index, reader.paths
     next_begun, next_prompt = index.num_blocks, 0
-    for name, run, num_known, num_tokens, num_cached, num_prompt, checksum in index.named:
+    for name, run, num_known, num_tokens, num_cached, num_prompt, checksum, parked in index.named:
         begun, prompt = next_begun, reader.prompts[next_prompt : next_prompt + num_prompt]
         next_begun += num_tokens > num_known * index.block_size
         next_prompt += num_prompt
@@ -520,6 +530,11 @@ def _load_named(manager: Manager, reader: _Reader) -> None:
             continue
         if num_tokens < len(tokens):
             sequence.truncate(num_tokens)
+        if parked and manager._mover is not None:
+            try:
+                sequence.offload()
+            except OutOfBlocksError:
+                raise _no_room(index, manager) from None
         sequence._prompt, sequence._num_cached = prompt.astype(np.int32), num_cached
         sequence._prompt.flags.writeable = False
 
@@ -544,9 +559,9 @@ def _restore(
         try:
             batch = manager.prepare({sequence: tokens[at:stop]})
         except OutOfBlocksError:
-            raise _no_room(index, cache) from None
-        if manager._pool.evictions:
-            raise _no_room(index, cache)
+            raise _no_room(index, manager) from None
+        if manager._pool.lost:
+            raise _no_room(index, manager)
         rows = blocks.reshape(len(blocks), 2, len(cache), index.block_size, row_bytes).transpose(1, 2, 0, 3, 4)
         rows = rows.reshape(2, len(cache), -1, row_bytes)
         _write_rows(manager, rows[:, :, at - first * index.block_size : stop - first * index.block_size], batch)
@@ -631,6 +646,7 @@ def _read_index(metadata: dict[str, Any], geometry: dict[str, Any], hashes: _Has
                 _number(sequence, who, "num_cached", 0, max(0, prompt - 1)),
                 prompt,
                 _field(sequence, who, "checksum", str),
+                _field(sequence, who, "parked", bool),
             )
         )
     if len({sequence.name for sequence in named}) < len(named):
@@ -810,10 +826,12 @@ def _read_into(out: npt.NDArray[Any], raw: FileIO, offset: int) -> None:
         left = left[count:]
 
 
-def _no_room(index: _Index, cache: LayeredPagedKVCache) -> ValueError:
+def _no_room(index: _Index, manager: Manager) -> ValueError:
+    cache, places = manager._cache, manager._pool.num_places
     return ValueError(
         f"the file has {index.num_blocks + index.num_begun} blocks of {index.block_size} tokens, and the cache with "
-        f"{cache.num_blocks} of {cache.block_size} has no room for them; make it larger"
+        f"{cache.num_blocks} of {cache.block_size}{f' and {places} on the host' if places else ''} has no room for "
+        "them; make it larger"
     )
 
 

@@ -407,11 +407,14 @@ class KVCacheManager:
         fingerprint: str | None = None,
         salvage: bool = False,
         prefix_caching: bool = True,
+        host_blocks: int = 0,
     ) -> "KVCacheManager":
         """A manager of a new cache, in which all is found that :meth:`save` wrote to a file; its totals begin at 0.
 
         The cache may have other blocks, more or fewer, on another device. Of what is found, tokens that fill no whole
         block of it are dropped. What was found last is evicted last, as before; what live sequences had comes behind.
+        With ``host_blocks``, what the pool has no room for is on the host then, and named sequences that were parked
+        are.
 
         salvage
             Of a file that is damaged, or cut short, load what is whole: blocks up to the first that is not, and the
@@ -422,10 +425,11 @@ class KVCacheManager:
         ``TypeError`` and ``RuntimeError`` as ``save`` does; and ``OSError``, as of a file that is not there. The blocks
         of the cache hold anything then.
         """
-        manager = cls(cache, prefix_caching=prefix_caching)
+        manager = cls(cache, prefix_caching=prefix_caching, host_blocks=host_blocks)
         files.load(manager, path, fingerprint=fingerprint, salvage=salvage)
         manager._uncounted.clear()
-        manager._prompts = manager._hits = manager._prompt_tokens = manager._tokens_saved = 0
+        manager._prompts = manager._hits = manager._prompt_tokens = manager._tokens_saved = manager._restored = 0
+        manager._pool.evictions = manager._pool.offloaded = manager._pool.lost = 0
         return manager
 
     def stats(self) -> KVCacheStats:
