@@ -1214,3 +1214,86 @@ def test_bars_are_for_terminals(host, tmp_path, capfd):
     served.manager.save(tmp_path / "cache")
     load(served, tmp_path / "cache")
     assert capfd.readouterr() == ("", "")
+
+
+# Both tiers
+
+
+def of_both_tiers(device: Any) -> Served:
+    """Prompts that went to the host, some in part, and sequences that are parked, that run, and that found something
+    there."""
+    served = Served(device, 12, 4, host_blocks=50)
+    for i in range(9):
+        served.free(run(served, None, [*range(8), *[i] * 14], "salt" if i % 3 else None))
+    for i, length in enumerate((16, 18, 5)):
+        parked = run(served, f"parked {i}", [*range(8), *[20 + i] * length])
+        served.offload(parked)
+    served.truncate(served.manager.named["parked 0"], 10)  # within a block that is found
+    run(served, "runs", [*range(8), 30, 30])
+    served.add([*range(8), *[0] * 14], name="has found")
+    stats = served.manager.stats()
+    assert min(stats.cached_host_blocks, stats.live_host_blocks, stats.cached_blocks, stats.live_blocks) > 0
+    return served
+
+
+def lines(served: Served) -> list[Any]:
+    """What is lost, in order."""
+    return [*served.findable.cached_on_host, *in_line(served)]
+
+
+@pytest.mark.parametrize(("num_blocks", "host_blocks"), [(12, 50), (12, 40), (8, 60), (100, 0), (100, 30)])
+def test_both_tiers_are_saved_and_loaded(device, tmp_path, num_blocks, host_blocks):
+    served = of_both_tiers(device)
+    before = served.state()
+    served.manager.save(tmp_path / "kv")
+    assert served.state() == before
+    cache = LayeredPagedKVCache(NUM_LAYERS, num_blocks, 4, 1, ROW, "uint8", device.of_caches)
+    manager = KVCacheManager.load(cache, tmp_path / "kv", host_blocks=host_blocks)
+    manager.check_integrity()
+    assert found(manager).keys() == found(served.manager).keys()
+    assert np.array_equal(kv_of(manager, device), kv_of(served.manager, device))
+    stats = manager.stats()
+    assert (stats.evictions, stats.offloaded, stats.restored, stats.prompts, stats.tokens_saved) == (0,) * 5
+    for name, sequence in manager.named.items():
+        saved = served.manager.named[name]
+        is_parked = name.startswith("parked") and host_blocks > 0
+        assert (sequence.num_host_blocks == len(sequence.block_table)) is is_parked, name
+        expected = served.expected[saved]
+        assert (sequence.num_tokens, sequence.remaining.tolist()) == (saved.num_tokens, saved.remaining.tolist())
+        with manager.prepare({sequence: []}):
+            rows = rows_of(expected.salt, expected.tokens)
+            table = sequence.block_table[None]
+            for got, wanted in zip(cache.gather_all(table, [sequence.num_tokens]), rows, strict=True):
+                assert np.array_equal(device.numpy(got), wanted), name
+        if is_parked:
+            sequence.offload()
+    if num_blocks == 100:
+        keys = {block: key for key, block in found(manager).items()}
+        order = [keys[block] for run in manager._pool._line for block in reversed(run.blocks)]
+        ours = {key for sequence in served.manager.named.values() for key in served.expected[sequence].keys}
+        assert [key for key in order if key not in ours] == [key for key in lines(served) if key not in ours]
+
+
+def kv_of(manager: KVCacheManager, device: Any) -> np.ndarray:
+    """The bytes of all that is found, in the order of its tokens, wherever it is."""
+    cache = manager._cache
+    pools = np.stack([[device.numpy(pool) for pool in (layer.k_cache, layer.v_cache)] for layer in cache])
+    rows = []
+    for _, block in sorted(found(manager).items(), key=lambda item: (str(item[0][0]), item[0][1])):
+        if block < cache.num_blocks:
+            rows.append(pools[:, :, block].swapaxes(0, 1).tobytes())
+        else:
+            rows.append(manager._mover.read(np.array([block], np.int32)).tobytes())
+    return np.array(rows)
+
+
+def test_both_tiers_have_no_room(host, tmp_path):
+    served = of_both_tiers(host)
+    served.manager.save(tmp_path / "kv")
+    for num_blocks, host_blocks, where in ((12, 20, " and 20 on the host"), (30, 0, "")):
+        cache = LayeredPagedKVCache(NUM_LAYERS, num_blocks, 4, 1, ROW, "uint8", "cpu")
+        with pytest.raises(ValueError, match=f"the cache with {num_blocks} of 4{where} has no room for them"):
+            KVCacheManager.load(cache, tmp_path / "kv", host_blocks=host_blocks)
+    larger = LayeredPagedKVCache(NUM_LAYERS, 14, 2, 1, ROW, "uint8", "cpu")
+    with pytest.raises(ValueError, match="the cache with 14 of 2 and 40 on the host has no room for them"):
+        KVCacheManager.load(larger, tmp_path / "kv", host_blocks=40)
