@@ -258,7 +258,7 @@ def test_a_salt_of_a_subclass_cannot_be_saved(host, tmp_path):
 
 
 @pytest.mark.parametrize("num_blocks", [8, 9, 100])
-def test_pools_of_other_sizes(host, tmp_path, num_blocks):
+def test_pools_of_other_sizes(host, tmp_path, monkeypatch, num_blocks):
     served = Served(host, 20, 4)
     served.free(run(served, None, range(16)))
     served.free(run(served, None, [*range(8), 9, 9, 9, 9]))
@@ -267,8 +267,10 @@ def test_pools_of_other_sizes(host, tmp_path, num_blocks):
     run(served, "c", [8] * 3)
     served.manager.save(tmp_path / "cache")  # 4 + 1 + 2 blocks, and 2 that are begun
     if num_blocks == 8:
-        with pytest.raises(ValueError, match="9 blocks of 4 tokens, and the cache with 8 of 4 has no room"):
-            load(served, tmp_path / "cache", num_blocks=8)
+        with monkeypatch.context() as patch:
+            patch.setattr(files._Reader, "read", None)  # all is not read first
+            with pytest.raises(ValueError, match="9 blocks of 4 tokens, and the cache with 8 of 4 has no room"):
+                load(served, tmp_path / "cache", num_blocks=8)
         with pytest.raises(ValueError, match="9 blocks of 4 tokens, and the cache with 4 of 8 has no room"):
             load(served, tmp_path / "cache", 8, 4)
         with pytest.raises(ValueError, match="9 blocks of 4 tokens, and the cache with 8 of 4 has no room"):
@@ -542,6 +544,21 @@ def test_links_paths_and_modes(host, tmp_path):
     long = tmp_path / ("x" * 250)
     served.manager.save(long)
     assert long.read_bytes() == whole
+
+
+def test_two_save_at_once(host, tmp_path, monkeypatch):
+    served, read = sample(host), files._read
+
+    def meanwhile(*arguments: Any) -> Any:
+        monkeypatch.setattr(files, "_read", read)
+        served.manager.save(tmp_path / "cache")
+        (tmp_path / "cache").rename(tmp_path / "other")
+        return read(*arguments)
+
+    monkeypatch.setattr(files, "_read", meanwhile)
+    served.manager.save(tmp_path / "cache")
+    assert (tmp_path / "cache").read_bytes() == (tmp_path / "other").read_bytes()
+    assert len([*tmp_path.iterdir()]) == 2
 
 
 @contextmanager
