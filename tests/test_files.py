@@ -298,6 +298,18 @@ def test_a_pool_that_is_full_is_loaded_into_one_as_large(host, tmp_path):
     check_same(served, load(served, tmp_path / "cache"))
 
 
+def test_sequences_that_were_loaded_go_on_and_count_as_no_prompts(host, tmp_path):
+    served = sample(host)
+    served.manager.save(tmp_path / "cache")
+    loaded = load(served, tmp_path / "cache")
+    for sequence in [*loaded.expected]:
+        loaded.append(sequence, [*sequence.remaining.tolist(), 1, 2, 3])
+    assert loaded.manager.stats().prompts == 0
+    run(loaded, "new", STEMS[0][:18])
+    stats = loaded.manager.stats()
+    assert (stats.prompts, stats.hits, stats.tokens_saved) == (1, 1, 16)
+
+
 def test_nothing_is_saved_and_loaded(host, tmp_path):
     served = Served(host, 4, 4)
     served.manager.save(tmp_path / "cache")
