@@ -255,7 +255,7 @@ def test_a_salt_of_a_subclass_cannot_be_saved(host, tmp_path):
 
 
 @pytest.mark.parametrize("num_blocks", [8, 9, 100])
-def test_pools_of_other_sizes(host, tmp_path, num_blocks):
+def test_pools_of_other_sizes(host, tmp_path, monkeypatch, num_blocks):
     served = Served(host, 20, 4)
     served.free(run(served, None, range(16)))
     served.free(run(served, None, [*range(8), 9, 9, 9, 9]))
@@ -264,8 +264,10 @@ def test_pools_of_other_sizes(host, tmp_path, num_blocks):
     run(served, "c", [8] * 3)
     served.manager.save(tmp_path / "cache")  # 4 + 1 + 2 blocks, and 2 that are begun
     if num_blocks == 8:
-        with pytest.raises(ValueError, match="9 blocks of 4 tokens, and the cache with 8 of 4 has no room"):
-            load(served, tmp_path / "cache", num_blocks=8)
+        with monkeypatch.context() as patch:
+            patch.setattr(files._Reader, "read", None)  # all is not read first
+            with pytest.raises(ValueError, match="9 blocks of 4 tokens, and the cache with 8 of 4 has no room"):
+                load(served, tmp_path / "cache", num_blocks=8)
         with pytest.raises(ValueError, match="9 blocks of 4 tokens, and the cache with 4 of 8 has no room"):
             load(served, tmp_path / "cache", 8, 4)
         with pytest.raises(ValueError, match="9 blocks of 4 tokens, and the cache with 8 of 4 has no room"):
@@ -291,6 +293,18 @@ def test_a_pool_that_is_full_is_loaded_into_one_as_large(host, tmp_path):
     assert served.manager.num_available_blocks == 0
     served.manager.save(tmp_path / "cache")
     check_same(served, load(served, tmp_path / "cache"))
+
+
+def test_sequences_that_were_loaded_go_on_and_count_as_no_prompts(host, tmp_path):
+    served = sample(host)
+    served.manager.save(tmp_path / "cache")
+    loaded = load(served, tmp_path / "cache")
+    for sequence in [*loaded.expected]:
+        loaded.append(sequence, [*sequence.remaining.tolist(), 1, 2, 3])
+    assert loaded.manager.stats().prompts == 0
+    run(loaded, "new", STEMS[0][:18])
+    stats = loaded.manager.stats()
+    assert (stats.prompts, stats.hits, stats.tokens_saved) == (1, 1, 16)
 
 
 def test_nothing_is_saved_and_loaded(host, tmp_path):
@@ -539,6 +553,21 @@ def test_links_paths_and_modes(host, tmp_path):
     long = tmp_path / ("x" * 250)
     served.manager.save(long)
     assert long.read_bytes() == whole
+
+
+def test_two_save_at_once(host, tmp_path, monkeypatch):
+    served, read = sample(host), files._read
+
+    def meanwhile(*arguments: Any) -> Any:
+        monkeypatch.setattr(files, "_read", read)
+        served.manager.save(tmp_path / "cache")
+        (tmp_path / "cache").rename(tmp_path / "other")
+        return read(*arguments)
+
+    monkeypatch.setattr(files, "_read", meanwhile)
+    served.manager.save(tmp_path / "cache")
+    assert (tmp_path / "cache").read_bytes() == (tmp_path / "other").read_bytes()
+    assert len([*tmp_path.iterdir()]) == 2
 
 
 @contextmanager

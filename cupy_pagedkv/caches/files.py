@@ -183,8 +183,7 @@ class _Paths:
             part = self.parts[run]
             if part is None:
                 break
-            if count > part.first:
-                places.append(part.start + np.arange(min(count, part.end) - part.first))
+            places.append(part.start + np.arange(min(count, part.end) - part.first))  # of none, if it is behind them
             run = part.parent
         return np.concatenate([np.empty(0, np.int64), *places[::-1]]), -1 - run
 
@@ -820,8 +819,7 @@ def _read_into(out: npt.NDArray[Any], raw: FileIO, offset: int) -> None:
     left = out.reshape(-1).view(np.uint8).data
     while len(left):
         count = raw.readinto(left)
-        if not count:
-            left[:] = bytes(len(left))  # somebody else has cut the file meanwhile: its digests will not be right
+        if not count:  # somebody has cut the file meanwhile: no checksum will be right
             break
         left = left[count:]
 
