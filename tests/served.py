@@ -387,6 +387,8 @@ class Served:
         assert stats.num_sequences == len(self.expected)
         assert (stats.cached_blocks, stats.evictions) == (len(self.findable.cached), self.findable.evictions)
         self.check_lines()
+        on_host = self.manager._rows.on_host
+        assert [on_host[sequence._row] for sequence in self.expected] == [bool(e.host) for e in self.expected.values()]
         in_pool = [len(sequence.block_table) - len(self.expected[sequence].host) for sequence in self.expected]
         for sequence, count in zip(self.expected, in_pool, strict=True):
             assert (sequence.block_table[:count] >= 0).all()

@@ -339,6 +339,30 @@ def test_a_transfer_that_fails_leaves_everything(served, monkeypatch, fails, err
         assert np.array_equal(got, rows_of(None, range(100 * i, 100 * i + 40))[0])
 
 
+@pytest.mark.parametrize("fails", ["store", "fetch"])
+def test_a_failure_lets_go_of_what_the_pool_still_has(served, monkeypatch, fails):
+    """Blocks of a parked sequence that are cached are shared before others are evicted."""
+    parked = served.run(range(40))
+    served.offload(parked)
+    served.free(served.run(range(100, 196)))
+    assert served.manager.stats().cached_blocks == 8
+    before = counts(served)
+
+    def failing(*_: Any) -> None:
+        raise MemoryError("the device is full")
+
+    with monkeypatch.context() as patch:
+        holder, name = (served.manager._pool, "_store") if fails == "store" else (served.manager._mover, "fetch")
+        patch.setattr(holder, name, failing)
+        with pytest.raises(MemoryError):
+            served.manager.prepare({parked: [1]})
+    served.manager.check_integrity()
+    assert counts(served)[0] == before[0]
+    assert served.manager.stats().live_blocks == 0
+    served.manager.commit(served.manager.prepare({parked: []}))
+    assert np.array_equal(served.cache.gather_all(parked.block_table[None], [40])[0], rows_of(None, range(40))[0])
+
+
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
 def test_an_offload_that_fails_leaves_everything(served, monkeypatch, error):
     sequence = served.run(range(40))
@@ -381,6 +405,9 @@ def test_integrity_of_both_tiers(served):
     damaged("do not know each other",
             lambda: places._of_block.__setitem__(block, -1),
             lambda: places._of_block.__setitem__(block, place))  # fmt: skip
+    damaged("0 free blocks are counted, 0 stand in line, 1 are marked as free",
+            lambda: places.allocator._is_free.__setitem__(0, True),
+            lambda: places.allocator._is_free.__setitem__(0, False))  # fmt: skip
     in_line = pool._host_line.num_blocks
     damaged("14 used \\+ 0 free places are not all 12",
             lambda: setattr(pool._host_line, "num_blocks", in_line + 2),

@@ -41,8 +41,7 @@ class Places:
 
     def take(self, count: int) -> _Ids:
         """``count`` free places, in rising order, so that those side by side are copied at once."""
-        if not self.allocator:
-            return np.zeros(0, np.int32)
+        assert self.allocator is not None
         return np.sort(self.allocator.allocate(count)) + np.int32(self.first)
 
     def free(self, places: _Ids) -> None:
@@ -75,12 +74,11 @@ class Places:
 
     def give_up_spares(self, count: int) -> None:
         """Free ``count`` of the spare places, or all of them if there are fewer."""
-        if count > 0:
-            given_up = np.array([place for place, _ in zip(self.spare, range(count), strict=False)], np.int32)
-            self.part(self.blocks_of(given_up))
-            for place in given_up.tolist():
-                del self.spare[place]
-            self.free(given_up)
+        given_up = np.array([place for place, _ in zip(self.spare, range(count), strict=False)], np.int32)
+        self.part(self.blocks_of(given_up))
+        for place in given_up.tolist():
+            del self.spare[place]
+        self.free(given_up)
 
     def check(self) -> None:
         """Raise ``RuntimeError`` unless each pair is known from both sides."""

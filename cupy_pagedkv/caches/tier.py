@@ -175,7 +175,9 @@ class _Part:
         """Blocks of its table before these."""
         self.places = places
         self.read, self.written = places[: len(places) - writes], places[len(places) - writes :]
-        self.kept = self.blocks = places[:0]
+        self.kept: _Ids
+        """Blocks that the pool still has, for the first of these."""
+        self.blocks: _Ids
 
 
 _NONE = np.zeros(0, np.int64)
