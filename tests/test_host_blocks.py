@@ -86,6 +86,7 @@ def test_the_pool_and_the_host_hold_what_one_larger_pool_would(served):
 def test_the_least_recently_used_blocks_are_lost(served):
     for i in range(10):
         served.free(served.run([i] * 32 + [0]))  # room for 8 + 12 blocks less the one that is begun
+    assert served.manager._pool.lost == 1
     assert served.add([0] * 32 + [0]).num_cached_tokens == 16, "its last block made room"
     assert served.add([1] * 32 + [0]).num_cached_tokens == 32
 
@@ -99,6 +100,7 @@ def test_blocks_that_no_place_is_left_for_are_lost(served):
     served.free(served.run(range(300, 420)))
     served.free(served.run(range(400, 520)))
     assert counts(served) == (12, 0, 7)
+    assert served.manager._pool.lost == 7
     for sequence in (parked, other):
         served.append(sequence, [1])
         served.free(sequence)
@@ -119,6 +121,24 @@ def test_two_sequences_find_the_same_on_the_host(served, moves):
     served.commit(served.prepare({third: [5]}))
     assert len(moves) == 3, "one block of the pool was needed, which was evicted"
     assert (third.block_table[:3] == first.block_table[:3]).all()
+
+
+def test_a_part_of_what_another_found_comes_back_alone(served):
+    served.free(served.run(range(64)))
+    served.free(served.run(range(100, 228)))
+    longer, shorter = served.add(range(65)), served.add(range(33))
+    served.append(shorter, [32])
+    assert (longer.num_host_blocks, shorter.num_host_blocks) == (4, 0)
+    served.append(longer, [64])
+
+
+def test_blocks_that_leave_one_by_one_are_joined_on_the_host(served):
+    served.free(served.run(range(113)))
+    sequence = served.run([])
+    for i in range(112):
+        served.append(sequence, [i + 1000])
+    assert served.manager.stats().cached_host_blocks == 6
+    assert len([*served.manager._pool._host_line]) == 1
 
 
 def test_a_prompt_that_is_longer_than_the_pool_is_found_and_can_be_freed(monkeypatch):
@@ -264,6 +284,11 @@ def test_the_cache_cannot_be_reset_while_a_sequence_is_parked(served):
     with pytest.raises(RuntimeError, match="2 blocks belong to live sequences; free these first"):
         served.manager.reset_prefix_cache()
     served.free(sequence)
+    served.free(served.run(range(100, 220)))
+    served.free(served.run(range(200, 320)))
+    served.free(served.run(range(100, 133)))
+    assert served.findable.spare
+    assert served.findable.cached_on_host
     served.reset_prefix_cache()
     assert (counts(served), len(served.manager._pool._roots)) == ((0, 0, 0), 0)
     assert served.manager._pool._places.num_free == 12

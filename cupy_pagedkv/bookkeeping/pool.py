@@ -462,7 +462,6 @@ class BlockPool:
         places[leaving] = self._copy_out(blocks[leaving][::-1], places[kept & ~leaving])[::-1]
         self.lost += int(np.count_nonzero(~kept))
         self._places.part(blocks[kept])
-        self._free_spares(blocks[~kept])
         start = 0
         for run, column in parts:
             part = slice(start, start + run.end - column)
