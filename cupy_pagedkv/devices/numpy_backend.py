@@ -99,7 +99,8 @@ def _in_long_runs(blocks: _Array, num_bytes: int) -> bool:
         return num_bytes >= _MUCH
     if num_bytes < 2 * _MUCH:  # to look for runs takes its time, too
         return False
-    return (1 + np.count_nonzero(blocks[1:] != blocks[:-1] + 1)) * _LONG_RUN <= num_bytes
+    num_runs = 1 + int(np.count_nonzero(blocks[1:] != blocks[:-1] + 1))
+    return num_runs * _LONG_RUN <= num_bytes
 
 
 def _read_blocks(tokens: _Array, pool: _Array, items: Items | None, blocks: _Array) -> None:
