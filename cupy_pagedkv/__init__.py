@@ -24,6 +24,7 @@ from .bookkeeping.allocator import BlockAllocator, BlockAllocatorStats, OutOfBlo
 from .bookkeeping.table import BlockTable
 from .caches.batch import Batch, BatchBuffers, CSRTables
 from .caches.cache import LayeredPagedKVCache, PagedKVCache
+from .caches.files import DamagedFileError
 from .caches.manager import KVCacheManager, KVCacheStats
 from .caches.sequence import CachedSequence
 from .operations.attention import AttentionBuffers, attention_buffers, merge_attention_states, paged_attention
@@ -38,6 +39,7 @@ __all__ = [
     "BlockTable",
     "CSRTables",
     "CachedSequence",
+    "DamagedFileError",
     "KVCacheManager",
     "KVCacheStats",
     "LayeredPagedKVCache",

@@ -178,8 +178,8 @@ class Served:
         self.expected: dict[CachedSequence, Expected] = {}
         self.open: dict[Batch, dict[CachedSequence, list[int]]] = {}
 
-    def add(self, tokens: Sequence[int], salt: Any = None) -> CachedSequence:
-        sequence = self.manager.add(np.array(tokens, np.int64), salt=salt)
+    def add(self, tokens: Sequence[int], salt: Any = None, name: str | None = None) -> CachedSequence:
+        sequence = self.manager.add(np.array(tokens, np.int64), salt=salt, name=name)
         cached = sequence.num_cached_tokens
         assert cached == sequence.num_tokens == len(sequence.block_table) * self.block_size
         assert cached < max(1, len(tokens))
@@ -331,8 +331,8 @@ class Served:
             column, offset = divmod(len(self.expected[sequence].tokens), self.block_size)
             if offset and len(tokens):
                 begun.append((sequence, tables[sequence][column], int(sequence.block_table[column])))
-        for sequence, old, block in begun:
-            if old >= 0 and block != old and not after[old]:  # those who wait on the host need it
+        for old in dict.fromkeys(old for _, old, block in begun if old >= 0 and block != old):
+            if not after[old]:  # those who wait on the host need it
                 findable.release(old)
         for sequence, old, _ in begun:
             if old < 0:
@@ -425,7 +425,7 @@ class Served:
             numbers = np.frombuffer(tokens, np.int32).tolist()
             ends = range(run.end * self.block_size, run.first * self.block_size, -self.block_size)
             keys += [(salts[id(above)], tuple(numbers[:end])) for end in ends]
-        assert keys == findable.cached_on_host
+        assert keys == findable.cached_on_host, (keys, findable.cached_on_host)
         stats = self.manager.stats()
         assert (stats.live_host_blocks, stats.cached_host_blocks) == (len(findable.held), len(keys))
         spare = pool._places.blocks_of(np.array(list(pool._places.spare), np.int32)).tolist()

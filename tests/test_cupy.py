@@ -4,12 +4,13 @@ CuPy need not be installed for the suite; where it is not, these tests say so an
 """
 
 import ctypes
+import math
 import subprocess
 import sys
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ml_dtypes
@@ -17,14 +18,16 @@ import numpy as np
 import oracle
 import pytest
 from attending import bits
-from served import Served
+from served import NUM_LAYERS, ROW, Served, rows_of
 
 import cupy_pagedkv.devices.backend as backend
 from cupy_pagedkv import (
     AttentionBuffers,
     BlockAllocator,
+    CachedSequence,
     KVCacheManager,
     LayeredPagedKVCache,
+    OutOfBlocksError,
     PagedKVCache,
     gather_cache,
     merge_attention_states,
@@ -108,10 +111,101 @@ class HostMemoryBackend(CudaBackend):
         ctypes.memmove(out.data.ptr, staged.ctypes.data, staged.nbytes)
         return Event(done=True)
 
+    def pinned_memory(self, num_bytes: int) -> np.ndarray:
+        return np.zeros(num_bytes, np.uint8)
+
+    def new_stream(self) -> "Stream":
+        return Stream()
+
+    def current_stream(self) -> "Stream":
+        return Stream()
+
+    def event_behind(self, stream: "Stream") -> "Event":
+        return stream.record()
+
+    def copy_to_host(self, array: Any, host: np.ndarray, stream: "Stream") -> None:
+        stream.do(lambda: ctypes.memmove(host.ctypes.data, array.data.ptr, array.nbytes))
+
+    def copy_from_host(self, host: np.ndarray, array: Any, stream: "Stream") -> None:
+        stream.do(lambda: ctypes.memmove(array.data.ptr, host.ctypes.data, array.nbytes))
+
 
 class Event:
     def __init__(self, done: bool) -> None:
         self.done = done
+
+
+class Stream:
+    """Work that is done at once."""
+
+    def do(self, work: Any) -> None:
+        work()
+
+    def record(self) -> Event:
+        event = Event(done=False)
+        self.do(lambda: setattr(event, "done", True))
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        assert event.done
+
+    def synchronize(self) -> None:
+        pass
+
+
+class LateStream(Stream):
+    """Work that is done when :meth:`step` gets to it, and waits there."""
+
+    def __init__(self) -> None:
+        self.queue: deque[Any] = deque()
+
+    def do(self, work: Any) -> None:
+        self.queue.append(work)
+
+    def wait_event(self, event: Event) -> None:
+        self.queue.append(event)
+
+    def step(self) -> bool:
+        """Do one thing, if there is something that can be done."""
+        if not self.queue or (isinstance(self.queue[0], Event) and not self.queue[0].done):
+            return False
+        work = self.queue.popleft()
+        if not isinstance(work, Event):
+            work()
+        return True
+
+
+class LateBackend(HostMemoryBackend):
+    """Kernels and copies are done late, in any order that the streams and their events allow."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        super().__init__()
+        self.rng = rng
+        self.streams = [LateStream()]  # the current one first
+
+    def advance(self, steps: float) -> None:
+        """Let the streams take turns, some of them now and then for long."""
+        waiting: list[LateStream] = []
+        while steps > 0 and len(waiting) < len(self.streams):
+            stream = self.streams[self.rng.integers(len(self.streams))]
+            moved = sum(stream.step() for _ in range(self.rng.choice([1, 20])))
+            waiting = [] if moved else list({*waiting, stream})
+            steps -= moved
+
+    def new_stream(self) -> LateStream:
+        self.streams.append(LateStream())
+        return self.streams[-1]
+
+    def current_stream(self) -> LateStream:
+        return self.streams[0]
+
+    def copy_async(self, staged: np.ndarray, out: Any) -> Event:
+        self.copy_from_host(staged, out, self.streams[0])
+        return self.streams[0].record()
+
+    def _build_kernel(self, name: str, defines: Any) -> Any:
+        kernel = super()._build_kernel(name, defines)
+        return lambda *arguments, **options: self.streams[0].do(lambda: kernel(*arguments, **options))
 
 
 @pytest.fixture
@@ -232,6 +326,82 @@ def test_a_manager_over_cupy_arrays(host_memory):
     for batch in ({}, {first: []}, {served.add([]): []}):
         served.commit(served.prepare(batch))
         served.commit(served.prepare(batch, buffers))
+
+
+def test_a_second_tier_over_cupy_arrays(host_memory, rng):
+    """Evictions, what is found on the host, and parked sequences, through the buffers of the lane."""
+    served = Served(HostMemory(), 12, host_blocks=40)
+    served.manager._mover._lane._buffers = [over(np.zeros((3, 2 * 2 * 16 * 8), np.uint8)) for _ in range(2)]
+    parked = []
+    for _ in range(60):
+        sequence = served.run(rng.integers(0, 2, 7).repeat(rng.integers(10, 20)).tolist())
+        if len(parked) < 3:
+            served.offload(sequence)
+            parked.append(sequence)
+        else:
+            served.free(sequence)
+            if rng.random() < 0.5:
+                served.append(parked.pop(0), [5] * 20)
+                served.free(next(s for s in served.expected if s not in parked))
+    stats = served.manager.stats()
+    assert min(stats.evictions, stats.offloaded, stats.restored, stats.hits) > 10, stats
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_order_of_streams_mixes_up_blocks(monkeypatch, seed):
+    """Blocks leave and come back while neither stream has caught up: each gather, when its turn comes, is right."""
+    rng = np.random.default_rng(seed)
+    late = LateBackend(rng)
+    monkeypatch.setattr(backend, "_cuda", lambda: late)
+    monkeypatch.setattr("cupy_pagedkv.caches.cache.backend_on", lambda device: (late, cupy.cuda.Device(0)))
+    cache = LayeredPagedKVCache(NUM_LAYERS, 10, 4, 1, ROW, "uint8", "cuda")
+    manager = KVCacheManager(cache, host_blocks=int(rng.choice([6, 30])))
+    manager._mover._lane._buffers = [over(np.zeros((2, 2 * NUM_LAYERS * 4 * ROW), np.uint8)) for _ in range(2)]
+    tokens_of: dict[CachedSequence, list[int]] = {}
+    gathered, kept_alive = [], []
+    for _ in range(150):
+        late.advance(rng.integers(0, 40))
+        some = list(tokens_of)[rng.integers(len(tokens_of))] if tokens_of else None
+        choice = rng.random()
+        if some is None or (choice < 0.4 and len(tokens_of) < 6):
+            some = manager.add(rng.integers(0, 2, 5).repeat(rng.integers(1, 7)))
+            tokens_of[some] = some._prompt.tolist()
+            new = some.remaining.tolist()
+        elif choice < 0.6:
+            manager.free(some)
+            del tokens_of[some]
+            continue
+        elif choice < 0.75:
+            with suppress(OutOfBlocksError):
+                some.offload()
+            continue
+        else:
+            new = rng.integers(0, 2, rng.integers(0, 6)).tolist()
+            tokens_of[some] = tokens_of[some] + new
+        known = tokens_of[some]
+        try:
+            batch = manager.prepare({some: new})
+        except OutOfBlocksError:
+            manager.free(some)
+            del tokens_of[some]
+            continue
+        rows = rows_of(None, known)
+        if new:
+            key, value = (over(array) for array in rows[:, :, len(known) - len(new) :])
+            cache.update_all(key, value, batch.slot_mapping)
+        out = over(np.zeros_like(rows[0])), over(np.zeros_like(rows[1]))
+        cache.gather_all(over(some.block_table[None]), over(np.array([len(known)])), out=out)
+        gathered.append((out, rows))
+        kept_alive.append(batch)
+        manager.commit(batch)
+        manager.check_integrity()
+    late.advance(math.inf)
+    assert not any(stream.queue for stream in late.streams)
+    for out, rows in gathered:
+        for array, expected in zip(out, rows, strict=True):
+            assert np.array_equal(HostMemory().numpy(array), expected)
+    stats = manager.stats()
+    assert min(stats.evictions, stats.offloaded, stats.restored) > 0, stats
 
 
 def test_memory_that_a_copy_still_reads_is_not_used_again(host_memory, monkeypatch, rng):

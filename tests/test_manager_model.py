@@ -18,13 +18,13 @@ counts = st.sampled_from([0, 1, 1, 2, 15, 16, 17, 33])
 lengths = st.sampled_from([0, 7, 16, 17, 32, 33, 48, 64, 80, 95, 96])
 
 
-def machine(device: Any, block_size: int, prefix_caching: bool) -> type[RuleBasedStateMachine]:
-    num_blocks = 18 * 16 // block_size
+def machine(device: Any, block_size: int, prefix_caching: bool, host: int) -> type[RuleBasedStateMachine]:
+    num_blocks, host_blocks = 18 * 16 // block_size, host * 16 // block_size
 
     class Machine(RuleBasedStateMachine):
         def __init__(self) -> None:
             super().__init__()
-            self.served = Served(device, num_blocks, block_size, prefix_caching=prefix_caching)
+            self.served = Served(device, num_blocks, block_size, prefix_caching=prefix_caching, host_blocks=host_blocks)
             self.buffers = self.served.manager.buffers(num_seqs=4, num_tokens=80, max_blocks=num_blocks)
             self.token = 10_000
 
@@ -100,6 +100,12 @@ def machine(device: Any, block_size: int, prefix_caching: bool) -> type[RuleBase
         def free(self, data: Any) -> None:
             self.served.free(self.some(data))
 
+        @precondition(lambda self: host_blocks and self.has_idle())
+        @rule(data=st.data())
+        def offload(self, data: Any) -> None:
+            with suppress(OutOfBlocksError):
+                self.served.offload(self.some(data))
+
         @precondition(lambda self: self.has_idle() and len(self.served.expected) % 5 == 4)
         @rule(data=st.data())
         def exhaust(self, data: Any) -> None:
@@ -109,7 +115,8 @@ def machine(device: Any, block_size: int, prefix_caching: bool) -> type[RuleBase
 
         @rule()
         def reset_prefix_cache(self) -> None:
-            live = self.served.manager.stats().live_blocks
+            stats = self.served.manager.stats()
+            live = stats.live_blocks + stats.live_host_blocks
             if live:
                 with pytest.raises(RuntimeError, match=f"{live} blocks belong to live sequences"):
                     self.served.manager.reset_prefix_cache()
@@ -128,17 +135,21 @@ def machine(device: Any, block_size: int, prefix_caching: bool) -> type[RuleBase
                 self.served.free(sequence)
             stats = self.served.manager.stats()
             assert (stats.live_blocks, stats.free_blocks + stats.cached_blocks) == (0, num_blocks)
+            assert stats.live_host_blocks == 0
 
     return Machine
 
 
-@pytest.mark.parametrize(("block_size", "prefix_caching"), [(16, True), (16, False), (3, True), (1, True)])
-def test_any_order_of_anything(device, block_size, prefix_caching):
+@pytest.mark.parametrize(
+    ("block_size", "prefix_caching", "host"),
+    [(16, True, 0), (16, False, 0), (3, True, 0), (1, True, 0), (16, True, 9), (16, False, 40), (3, True, 40)],
+)
+def test_any_order_of_anything(device, block_size, prefix_caching, host):
     if device.name == "emulated" and block_size == 1:
         pytest.skip("too slow: the emulated device takes a second to gather from blocks of one token")
     examples, steps = {"emulated": (4, 25)}.get(device.name, (100, 50))  # a gather takes a tenth of a second there
     run_state_machine_as_test(
-        machine(device, block_size, prefix_caching),
+        machine(device, block_size, prefix_caching, host),
         settings=settings(
             max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck)
         ),

@@ -25,7 +25,8 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize(("page", "at"), EXAMPLES)
-def test_an_example_prints_what_stands_below_it(page, at):
+def test_an_example_prints_what_stands_below_it(page, at, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where files are left
     for package in ("torch", "transformers"):
         uses = re.search(rf"^(from|import) {package}\b", BLOCKS[page][at][1], re.M)
         if uses or (package == "torch" and page == "clients.md"):
@@ -37,7 +38,13 @@ def test_an_example_prints_what_stands_below_it(page, at):
 
 
 def test_there_are_examples():
-    assert {page for page, _ in EXAMPLES} == {"README.md", "attention.md", "clients.md", "many-sequences.md"}
+    assert {page for page, _ in EXAMPLES} == {
+        "README.md",
+        "attention.md",
+        "clients.md",
+        "kernels.md",
+        "many-sequences.md",
+    }
 
 
 def test_the_readme_is_short():

@@ -113,6 +113,8 @@ class BlockPool:
         self.evictions = 0
         self.offloaded = 0
         """Blocks that were copied to the host."""
+        self.lost = 0
+        """Cached blocks that made room for others, and are found no more, in the pool or on the host."""
 
     @property
     def num_blocks(self) -> int:
@@ -223,7 +225,7 @@ class BlockPool:
         places[missing] = self._copy_out(ours[missing], places[~missing])
         self._places.pair(found, places[: len(found)])
         self._owners[places] += 1
-        self.release(ours, 0, run, known)
+        self.release(ours, 0, run, min(known, in_pool))
         return np.concatenate([places, blocks[in_pool:]])
 
     def blocks_of(self, places: _Blocks) -> _Blocks:
@@ -441,6 +443,7 @@ class BlockPool:
         """Free cached blocks of the pool; those used last go to the host, as far as there is room."""
         if not self.num_places:
             self._allocator.free(self._drop(self._line, count))
+            self.lost += count
             return
         parts, evicted = [], array("i")  # the oldest first
         for run in self._line:
@@ -457,6 +460,7 @@ class BlockPool:
         leaving = kept & (places < 0)
         # In the order of their run, so that blocks that follow each other do so on the host.
         places[leaving] = self._copy_out(blocks[leaving][::-1], places[kept & ~leaving])[::-1]
+        self.lost += int(np.count_nonzero(~kept))
         self._places.part(blocks[kept])
         self._free_spares(blocks[~kept])
         start = 0
@@ -496,8 +500,10 @@ class BlockPool:
             del self._places.spare[place]
         count = len(blocks)
         self._places.give_up_spares(count - self._places.num_free)
-        if count > self._places.num_free:
-            self._places.free(self._drop(self._host_line, count - self._places.num_free))
+        missing = count - self._places.num_free
+        if missing > 0:
+            self._places.free(self._drop(self._host_line, missing))
+            self.lost += missing
         places = self._places.take(count)
         if count:
             try:

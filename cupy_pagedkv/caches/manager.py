@@ -39,6 +39,7 @@ two sequences share before one of them writes to it; both are queued on CuPy's c
 that the layers work on.
 """
 
+import os
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ from ..bookkeeping.pool import BlockPool, Run, Salt
 from ..bookkeeping.rows import NewTokens, SequenceRows
 from ..devices.backend import backend_of
 from ..devices.dlpack import array_of
+from . import files
 from .batch import Batch, BatchBuffers
 from .cache import LayeredPagedKVCache
 from .sequence import CachedSequence
@@ -164,6 +166,7 @@ class KVCacheManager:
         self._pool = BlockPool(cache.num_blocks, cache.block_size, host_blocks, **store)
         self._rows = SequenceRows(cache.block_size, cache.num_blocks)
         self._sequences: set[CachedSequence] = set()
+        self._named: dict[str, CachedSequence] = {}
         self._batches: set[Batch] = set()
         self._uncounted: set[CachedSequence] = set()  # whose prompts have not grown yet
         self._prompts = self._hits = self._prompt_tokens = self._tokens_saved = self._copies = self._restored = 0
@@ -172,6 +175,11 @@ class KVCacheManager:
     def sequences(self) -> tuple[CachedSequence, ...]:
         """All that are not freed, in no order."""
         return tuple(self._sequences)
+
+    @property
+    def named(self) -> dict[str, CachedSequence]:
+        """Those of them that have a name, by it, the one named first first; a dict of the caller's own."""
+        return dict(self._named)
 
     @property
     def open_batches(self) -> tuple[Batch, ...]:
@@ -183,7 +191,7 @@ class KVCacheManager:
         """Blocks of the pool that could be taken at this moment: the free and the cached ones."""
         return self._pool.num_available
 
-    def add(self, tokens: Tokens, *, salt: Salt = None) -> CachedSequence:
+    def add(self, tokens: Tokens, *, salt: Salt = None, name: str | None = None) -> CachedSequence:
         """A new sequence that is going to begin with ``tokens``; no block is taken, and nothing is written yet.
 
         Full blocks that hold the first of them are shared: ``num_cached_tokens`` of the sequence says how many tokens
@@ -194,18 +202,27 @@ class KVCacheManager:
         salt
             Sequences share only with those of an equal salt (of the same type), such as the name of a tenant or of a
             LoRA adapter.
+        name
+            By which it is found in :attr:`named`, until it is freed; :meth:`save` keeps the sequences that have one.
 
-        Raises ``TypeError`` or ``ValueError`` for what are no tokens, or no salt.
+        Raises ``TypeError`` or ``ValueError`` for what are no tokens, no salt, or no name, and ``ValueError`` for the
+        name of another sequence.
         """
         prompt = _as_tokens(tokens)
         prompt.flags.writeable = False
         if not isinstance(salt, str | bytes | int | None):
             raise TypeError(f"salt must be a str, bytes, an int or None, got {type(salt).__name__}")
+        if not isinstance(name, str | None):
+            raise TypeError(f"name must be a str or None, got {type(name).__name__}")
+        if name in self._named:
+            raise ValueError(f"a sequence is named {name!r} already; free it first, or take another name")
         root = self._pool.root(salt)
         findable = max(0, len(prompt) - 1) // self._block_size * self._block_size if self._prefix_caching else 0
         run, blocks = self._pool.find(root, prompt[:findable].tobytes())
         sequence = self._new_sequence(run, blocks, len(blocks) * self._block_size, len(blocks), prompt)
         self._uncounted.add(sequence)
+        if name is not None:
+            sequence._name, self._named[name] = name, sequence
         return sequence
 
     def prepare(self, new_tokens: Mapping[CachedSequence, Tokens], *, buffers: BatchBuffers | None = None) -> Batch:
@@ -333,7 +350,9 @@ class KVCacheManager:
         self._pool.release(self._rows.remove(row), 0, sequence._run, known)
         self._sequences.remove(sequence)
         self._uncounted.discard(sequence)
-        sequence._manager = None
+        if sequence._name is not None:
+            del self._named[sequence._name]
+        sequence._manager = sequence._name = None
         del sequence._run, sequence._prompt  # and with the root a salt that nobody uses any more
 
     def buffers(self, num_seqs: int, num_tokens: int, max_blocks: int) -> BatchBuffers:
@@ -361,6 +380,57 @@ class KVCacheManager:
         if live:
             raise RuntimeError(f"{live} blocks belong to live sequences; free these first")
         self._pool.clear()
+
+    def save(self, path: str | os.PathLike[str], *, fingerprint: str | None = None) -> None:
+        """Write all blocks that are found by their tokens, and all sequences that have a name, to a file for
+        :meth:`load`: what is committed of them. Nothing changes here.
+
+        fingerprint
+            What else has to be the same where the file is loaded, such as a name of the model's weights.
+
+        The file is there as a whole or not at all, and so is one that it replaces, whatever happens meanwhile; a
+        process that is killed can leave a ``.kvcache-….tmp`` beside it. A block of which a sequence has a copy of its
+        own is saved as it is found. Needs room for some blocks in host memory.
+
+        Raises ``ValueError`` without ``prefix_caching``, which keeps no tokens, and for a path that is no file's;
+        ``TypeError`` for a fingerprint that is no str, and for a salt of a subclass of its type; ``RuntimeError`` where
+        the extra ``files`` is not installed; and ``OSError``, as of a disk that is full.
+        """
+        files.save(self, path, fingerprint=fingerprint)
+
+    @classmethod
+    def load(
+        cls,
+        cache: LayeredPagedKVCache,
+        path: str | os.PathLike[str],
+        *,
+        fingerprint: str | None = None,
+        salvage: bool = False,
+        prefix_caching: bool = True,
+        host_blocks: int = 0,
+    ) -> "KVCacheManager":
+        """A manager of a new cache, in which all is found that :meth:`save` wrote to a file; its totals begin at 0.
+
+        The cache may have other blocks, more or fewer, on another device. Of what is found, tokens that fill no whole
+        block of it are dropped. What was found last is evicted last, as before; what live sequences had comes behind.
+        With ``host_blocks``, what the pool has no room for is on the host then, and named sequences that were parked
+        are.
+
+        salvage
+            Of a file that is damaged, or cut short, load what is whole: blocks up to the first that is not, and the
+            named sequences that have all of theirs.
+
+        Raises :class:`~cupy_pagedkv.DamagedFileError`, a ``ValueError``, for a file that is not whole; ``ValueError``
+        for one that does not go with the cache or the fingerprint, or has more than the cache has room for;
+        ``TypeError`` and ``RuntimeError`` as ``save`` does; and ``OSError``, as of a file that is not there. The blocks
+        of the cache hold anything then.
+        """
+        manager = cls(cache, prefix_caching=prefix_caching, host_blocks=host_blocks)
+        files.load(manager, path, fingerprint=fingerprint, salvage=salvage)
+        manager._uncounted.clear()
+        manager._prompts = manager._hits = manager._prompt_tokens = manager._tokens_saved = manager._restored = 0
+        manager._pool.evictions = manager._pool.offloaded = manager._pool.lost = 0
+        return manager
 
     def stats(self) -> KVCacheStats:
         """All counts, as of this moment."""
@@ -398,6 +468,8 @@ class KVCacheManager:
             owners[blocks] += 1
             prefixes.append((sequence._run, blocks[: self._rows.known[row]]))
         self._pool.check(owners, prefixes)
+        if any(sequence not in self._sequences or sequence._name != name for name, sequence in self._named.items()):
+            raise RuntimeError(f"the names {list(self._named)} are not all those of sequences")
         free = self._rows.free
         if sorted([*free, *(sequence._row for sequence in self._sequences)]) != list(range(len(self._rows))):
             raise RuntimeError(f"{len(free)} free and {len(self._sequences)} used rows are not all rows")

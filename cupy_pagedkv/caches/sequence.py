@@ -30,7 +30,7 @@ class CachedSequence:
     As a context manager it is freed at the end, and an exception rolls back the batch that it is in.
     """
 
-    __slots__ = ("__weakref__", "_manager", "_num_cached", "_prompt", "_row", "_run")
+    __slots__ = ("__weakref__", "_manager", "_name", "_num_cached", "_prompt", "_row", "_run")
 
     def __init__(self, manager: Manager, row: int, run: Run, num_cached: int, prompt: npt.NDArray[np.int32]) -> None:
         self._manager: Manager | None = manager
@@ -38,6 +38,12 @@ class CachedSequence:
         self._run = run  # where its known blocks end
         self._num_cached = num_cached
         self._prompt = prompt
+        self._name: str | None = None
+
+    @property
+    def name(self) -> str | None:
+        """That ``add`` was given; None of one that is freed, or has none, as a fork has."""
+        return self._name
 
     @property
     def num_cached_tokens(self) -> int:

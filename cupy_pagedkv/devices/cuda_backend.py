@@ -199,7 +199,8 @@ class PinnedLane:
     def read(self, places: npt.NDArray[np.integer]) -> npt.NDArray[np.uint8]:
         """A copy of what is in ``places``, once all that was queued has come there."""
         self._stream.synchronize()
-        return self._memory[places]
+        held: npt.NDArray[np.uint8] = self._memory[places]
+        return held
 
     def _next_turn(self) -> int:
         self._turn = 1 - self._turn
