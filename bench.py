@@ -6,6 +6,7 @@
     python bench.py manager                     the host's work for many sequences
     python bench.py attention                   attention over the block tables
     python bench.py hf                          generate of a Hugging Face model, where transformers is installed
+    python bench.py tiers                       host memory as a second tier, real traffic over both, and files
     python bench.py --kernels                   what the compiler makes of the kernels and what they move, with no GPU
 
 PyTorch, Triton and xxhash compete where they are installed. What is measured, and how, is in benchmarks/.
@@ -16,11 +17,13 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks import tiers
 from benchmarks.attention import cases as attention_cases
 from benchmarks.attention import measure_attention
 from benchmarks.cases import BLOCK_SIZE, OPERATIONS, SHAPES, TOKENS, Case
@@ -43,8 +46,9 @@ from benchmarks.watch import check_when_told, watch
 from cupy_pagedkv.devices import backend
 from cupy_pagedkv.devices.cuda_backend import CudaBackend
 from cupy_pagedkv.emulator import nvrtc
+from cupy_pagedkv.replay.report import Report
 
-MANAGER, ATTENTION, HF = "manager", "attention", "hf"
+MANAGER, ATTENTION, HF, TIERS = "manager", "attention", "hf", "tiers"
 
 
 def parser_of_arguments() -> argparse.ArgumentParser:
@@ -53,13 +57,14 @@ def parser_of_arguments() -> argparse.ArgumentParser:
     add(
         "kernel",
         nargs="?",
-        choices=(*KERNELS, MANAGER, ATTENTION, HF),
-        help="only what runs this kernel, or the bookkeeping alone, or attention or generate, which nothing else runs",
+        choices=(*KERNELS, MANAGER, ATTENTION, HF, TIERS),
+        help="only what runs this kernel, or the bookkeeping alone; nothing else runs attention, generate or tiers",
     )
     add("--device", choices=["cpu", "cuda"], help="by default a GPU where there is one")
     add("--only", nargs="+", default=[], metavar="TEXT", help="rows with all of these words in their name, such as "
         "gather, blocks, 8x128, float32 or tokens=512")  # fmt: skip
     add("--quick", action="store_true", help="fewer sizes and shapes, and less time for each")
+    add("--trace", metavar="FILE", help="requests for tiers, as python -m cupy_pagedkv takes them")
     add("--json", metavar="FILE", help="write what was measured")
     add("--plot", metavar="FILE.png", help="draw the share of the floor against size")
     add("--watch", action="store_true", help="a verdict on KERNEL at each save")
@@ -124,10 +129,43 @@ def run_hf(parser: argparse.ArgumentParser, options: argparse.Namespace, place: 
     return 0
 
 
+def run_tiers(parser: argparse.ArgumentParser, options: argparse.Namespace, device: str, xp: Any) -> int:
+    if options.only:
+        parser.error(f"{TIERS} has no rows to choose from by --only")
+    facts = machine(device, xp)
+    print(", ".join(f"{name} {fact}" for name, fact in facts.items()) + "\n")
+    place = "cpu" if xp is np else "cuda"
+    done: list[tiers.Move] = []
+    reports: list[tuple[str, Report]] = []
+
+    def measured() -> Iterator[tiers.Move]:
+        for move in chain(tiers.moves(options.quick, place, xp), tiers.files(options.quick, place, xp)):
+            done.append(move)
+            yield move
+
+    def replayed() -> Iterator[tuple[str, Report]]:
+        for replay in tiers.replays(options.quick, place, options.trace):
+            reports.append(replay)
+            yield replay
+
+    for line in tiers.move_lines(measured()):
+        print(line, flush=True)
+    print()
+    for line in tiers.replay_lines(replayed()):
+        print(line, flush=True)
+    print()
+    for line in tiers.move_bars(done):
+        print(line)
+    if options.json:
+        measurements = {"moves": [asdict(move) for move in done], "replays": [asdict(report) for _, report in reports]}
+        Path(options.json).write_text(json.dumps({"machine": facts, **measurements}, indent=1))
+    return 0
+
+
 def main() -> int:
     parser = parser_of_arguments()
     options = parser.parse_args()
-    if (options.watch or options.kernels) and options.kernel in (MANAGER, ATTENTION, HF):
+    if (options.watch or options.kernels) and options.kernel in (MANAGER, ATTENTION, HF, TIERS):
         parser.error(f"{options.kernel} is no kernel")
     if options.watch and options.kernel is None:
         parser.error(f"--watch needs the kernel: {' or '.join(KERNELS)}")
@@ -158,6 +196,8 @@ def main() -> int:
         return run_attention(parser, options, place.name, xp)
     if options.kernel == HF:
         return run_hf(parser, options, place)
+    if options.kernel == TIERS:
+        return run_tiers(parser, options, place.name, xp)
 
     cases = [
         Case(operation, *shape, tokens)

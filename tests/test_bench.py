@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import attention, cases, chores, emulation, kernels, output, timing, traffic
+from benchmarks import attention, cases, chores, emulation, kernels, output, tiers, timing, traffic
 from cupy_pagedkv.caches.sequence import CachedSequence
 from cupy_pagedkv.devices.emulated_backend import EmulatedBackend
 from cupy_pagedkv.emulator import CompileError, RawKernel
@@ -289,6 +289,51 @@ def test_an_admission_that_does_not_evict_is_found(monkeypatch):
         chores.admission_chore(16_384, 3)
 
 
+def test_tiers_alone(tmp_path):
+    pytest.importorskip("safetensors", reason="safetensors is not installed, which files are written with")
+    trace = tmp_path / "trace"
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + 3 * "2023-11-16 18:17:04,40,2\n")
+    files = [f"--json={tmp_path / 'out.json'}", f"--trace={trace}"]
+    lines = run("tiers", "--device=cpu", "--quick", *files).splitlines()
+    [at] = [i for i, line in enumerate(lines) if line.startswith("to the host and back")]
+    names = [line.split(",")[0] for line in lines[at + 1 : at + 11]]
+    assert names == [*2 * ["offload", "restore", "evict", "find again"], "save", "load"]
+    [at] = [i for i, line in enumerate(lines) if line.startswith("replay")]
+    assert [line.split()[:3] for line in lines[at + 1 : at + 3]] == [
+        ["trace", "9,000", "0"], ["trace", "9,000", "72,000"]
+    ]  # fmt: skip
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["machine"]["numpy"] == np.__version__
+    assert [move["num_bytes"] // 2**20 for move in report["moves"]] == [1] * 4 + [4] * 6
+    assert all(0 < move["seconds"] < 10 and 0 < move["floor_seconds"] < 10 for move in report["moves"])
+    assert [replay["host_blocks"] for replay in report["replays"]] == [0, 72_000]
+
+
+def test_bars_of_the_tiers():
+    def move(name: str, seconds: float, in_bar: bool = True) -> tiers.Move:
+        return tiers.Move(name, 2**24, seconds, "np.copyto", 8.0, in_bar)
+
+    done = [move("offload", 10.0), move("offload", 12.0), move("restore", 10.0), move("load", 99.0, False)]
+    assert list(tiers.move_bars(done)) == [
+        "MISSED offload >= 0.8 of np.copyto from 16 MiB: in 1 of 2; the least is 0.67, offload, 16 MiB",
+        "met    restore >= 0.8 of np.copyto from 16 MiB: in 1 of 1; the least is 0.80, restore, 16 MiB",
+    ]
+
+
+def test_blocks_that_do_not_travel_are_found(monkeypatch):
+    timer = tiers.Timer(np)
+    parked, evicted = tiers.Parked(2, "cpu", timer), tiers.Evicted(2, "cpu", timer)
+    for call in (parked.restore, parked.offload, evicted.come_back, evicted.evict):
+        assert 0 < call() < 1
+    monkeypatch.setattr(CachedSequence, "offload", lambda sequence: None)
+    with pytest.raises(SystemExit, match="blocks offloaded: 0, expected 2"):
+        tiers.Parked(2, "cpu", timer).offload()
+    without_host = functools.partial(tiers.KVCacheManager, prefix_caching=False)
+    monkeypatch.setattr(tiers, "KVCacheManager", lambda cache, **_: without_host(cache))
+    with pytest.raises(SystemExit, match="blocks evicted to the host: 0, expected 2"):
+        tiers.Evicted(2, "cpu", timer).evict()
+
+
 def test_rows_that_do_not_exist_are_refused():
     command = [sys.executable, str(ROOT / "bench.py"), "--device=cpu", "--only", "gather", "9x9"]
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -307,6 +352,8 @@ def test_rows_that_do_not_exist_are_refused():
         (["attention", "--only", "9x9"], "no row has all of ['9x9'] in its name"),
         (["manager", "--only", "gather"], "no row has all of ['gather'] in its name"),
         (["hf", "--watch"], "hf is no kernel"),
+        (["tiers", "--kernels"], "tiers is no kernel"),
+        (["tiers", "--only", "8x128"], "tiers has no rows to choose from by --only"),
         (["hf", "--only", "8x128"], "hf has no rows to choose from by --only"),
     ],
 )

@@ -380,3 +380,58 @@ if child == 0:
 assert os.waitpid(child, 0)[1] == 0
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+# Blocks that lie one behind the other, or are long, are copied run by run where tokens do not lie in one piece.
+
+
+RUNS_OF_BLOCKS = {
+    "one run": list(range(5, 25)),
+    "pairs": [8, 9, 2, 3, 30, 31, 0, 1, 17, 18],
+    "none": [7, 6, 5, 4, 3, 21, 1, 39],
+    "a run, none, a run at the end": [3, 4, 5, 20, 10, 37, 38, 39],
+    "one": [39],
+}
+
+
+@pytest.mark.parametrize("blocks", RUNS_OF_BLOCKS.values(), ids=RUNS_OF_BLOCKS)
+@pytest.mark.parametrize(("much", "long_run"), [(1, 1), (1, 2 * 4 * 2 * 3), (2**40, 1)])
+@pytest.mark.parametrize("form", ["HND", "a wide result", "layers", "blocks as tokens"])
+def test_blocks_run_by_run(monkeypatch, blocks, much, long_run, form):
+    monkeypatch.setattr(threads, "SHARED_BYTES", 2**22)  # all blocks at once
+    monkeypatch.setattr(numpy_backend, "_MUCH", much)
+    monkeypatch.setattr(numpy_backend, "_LONG_RUN", long_run)
+    block_size = 1 if form == "blocks as tokens" else 4
+    pools = np.random.default_rng(0).integers(0, 2**16, (2, 2, 40, block_size, 2, 3), np.uint16).view(np.float16)
+    count = len(blocks) * block_size - (block_size > 1)  # the last block is not full
+    out = np.zeros((2, 2, len(blocks) * block_size, 2, 6), np.float16)[..., :3]
+    if form == "HND":
+        pools = pools.swapaxes(3, 4).copy().swapaxes(3, 4)
+        out = np.zeros(out.shape, np.float16)
+    if form == "blocks as tokens":  # as they travel to the host
+        out = np.zeros((len(blocks), 2, 2, 2, 3), np.float16).transpose(1, 2, 0, 3, 4)
+    expected = pools[:, :, blocks].reshape(2, 2, -1, 2, 3)[:, :, :count]
+    if form in ("layers", "blocks as tokens"):
+        gather_cache(*pools, [blocks], [count], out=(out[0], out[1]))
+    else:
+        for layer in (0, 1):
+            gather_cache(*pools[:, layer], [blocks], [count], out=tuple(out[:, layer]))
+    np.testing.assert_array_equal(out[:, :, :count].view(np.uint16), expected.view(np.uint16))
+    assert not out[:, :, count:].any()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "num_bytes", "runs"),
+    [
+        (range(100), 2**20 - 1, False),  # little
+        (range(32), 2**20, True),  # each block is long
+        ([*range(0, 64, 2)], 2**20, True),
+        (range(33), 2**20, False),  # it is not, and to look for runs is not worthwhile
+        (range(1000), 2**21, True),
+        ([*range(0, 128, 2)], 2**21, True),  # 64 runs, each of one long block
+        ([*range(0, 64, 2), *range(100, 164)], 2**21, True),  # 33 runs
+        ([*range(0, 126, 2), 200, 201, 300, 301], 2**21, False),  # 65
+    ],
+)
+def test_when_blocks_are_copied_run_by_run(blocks, num_bytes, runs):
+    assert numpy_backend._in_long_runs(np.array(blocks, np.int32), num_bytes) == runs

@@ -87,11 +87,12 @@ def test_the_options_it_names_exist():
     assert named <= known
 
 
-def test_the_report_it_shows_has_the_lines_of_a_real_one():
-    [shown] = [text for _, text in BLOCKS["traffic.md"] if text.startswith("trace ")]
-    command = [sys.executable, "-m", "cupy_pagedkv", "--limit", "3", "--device", "cpu"]
-    real = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert [line[:19] for line in shown.splitlines()] == [line[:19] for line in real.splitlines()]
+def test_the_reports_it_shows_have_the_lines_of_real_ones():
+    reports = [text for _, text in BLOCKS["traffic.md"] if text.startswith("trace ")]
+    for shown, options in zip(reports, ([], ["--host-blocks", "9"]), strict=True):
+        command = [sys.executable, "-m", "cupy_pagedkv", "--limit", "3", "--device", "cpu", *options]
+        real = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert [line[:19] for line in shown.splitlines()] == [line[:19] for line in real.splitlines()]
 
 
 def test_the_llama_it_shows_prints_what_a_real_one_does():

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import cupy_pagedkv.replay.replay as replay_module
 from cupy_pagedkv import PagedKVCache
+from cupy_pagedkv.caches.tier import BlockMover
 from cupy_pagedkv.replay.command import main
 from cupy_pagedkv.replay.replay import MismatchError, OversizedRequestError, replay, token_bytes
 from cupy_pagedkv.replay.report import Step, as_text
@@ -241,11 +242,14 @@ def test_plot(tmp_path, monkeypatch, capsys):
         path = tmp_path / f"steps{len(clock)}.png"
         assert main(["--limit", "20", "--device", "cpu", "--plot", str(path), *clock]) == 0
         assert path.read_bytes().startswith(b"\x89PNG")
-    for figure, label, lines in zip(drawn, ("step", "simulated seconds"), (1, 2), strict=True):
+    for figure, label, lines in zip(drawn[:2], ("step", "simulated seconds"), (1, 2), strict=True):
         pool, requests, hits = figure.axes
         assert (pool.get_ylabel(), requests.get_ylabel()) == ("% of the pool's blocks", "requests")
         assert (hits.get_ylabel(), hits.get_xlabel()) == ("% of prompt tokens found", label)
         assert len(requests.lines) == lines
+    assert not drawn[0].axes[0].lines
+    assert main(["--limit", "20", "--device", "cpu", "--plot", str(path), "--host-blocks", "9"]) == 0
+    assert [line.get_label() for line in drawn[-1].axes[0].lines] == ["host, % of its blocks"]
     steps = len(drawn[0].axes[1].lines[0].get_xdata())
     capsys.readouterr()
     assert main(["--limit", "20", "--device", "cpu", "--json"]) == 0
@@ -377,6 +381,93 @@ def test_what_a_preempted_request_finds_again():
     assert (report.hits, report.tokens_saved, report.hit_rate) == (0, 0, 0)
 
 
+def test_with_a_second_tier_preemption_computes_nothing_again(device):
+    """The first replay worked by hand above: the second request is parked with its 4 tokens, in one block."""
+    sizes = {**SMALL, "num_blocks": 3, "device": device.of_caches}
+    finished: list[int] = []
+    report = replay([Request(0, 4, 4), Request(0, 3, 3)], host_blocks=2, on_progress=finished.append, **sizes)
+    assert finished == [0, 0, 0, 0, 0, 1, 0, 0, 1]  # as without
+    assert (report.preemptions, report.offloads, report.recomputed_tokens, report.tokens_found_again) == (1, 1, 0, 0)
+    # Nobody needs the block that it let go of before it is back; then it takes the place of the first's last block.
+    assert (report.offloaded_blocks, report.restored_blocks) == (2, 0)
+    token = 2 * 2 * 3 * 2
+    assert report.scattered_bytes == report.verified_bytes == (7 + 7) * token
+    assert (report.host_blocks, report.host_bytes) == (2, 2 * 4 * token)
+    assert (report.offloaded_bytes, report.restored_bytes) == (2 * 4 * token, 0)
+
+
+def test_a_tier_that_is_too_small_for_a_request_leaves_it_to_be_computed_again():
+    """It has 11 tokens in three blocks when it is preempted, two of which are full."""
+    requests, sizes = [Request(0, 4, 12), Request(0, 3, 12)], {**SMALL, "num_blocks": 6}
+    for host_blocks, offloads, recomputed, found_again in ((0, 0, 3, 8), (1, 0, 3, 8), (2, 0, 3, 8), (3, 1, 0, 0)):
+        report = replay(requests, host_blocks=host_blocks, **sizes)
+        assert (report.requests, report.preemptions, report.offloads) == (2, 1, offloads)
+        assert (report.recomputed_tokens, report.tokens_found_again) == (recomputed, found_again)
+        assert report.verified_bytes == 31 * 2 * 2 * 3 * 2
+
+
+def test_evicted_prompts_are_found_on_the_host(device):
+    """The second prompt takes the whole pool; the third is the first again, and the host has room for all of it."""
+    requests = [Request(0, 48, 0, (1,)), Request(1, 48, 0, (2,)), Request(2, 48, 0, (1,))]
+    sizes = {**SMALL, "max_num_seqs": 1, "device": device.of_caches}
+    assert replay(requests, **sizes).hits == 0
+    steps: list[Step] = []
+    report = replay(requests, host_blocks=24, on_step=steps.append, **sizes)
+    assert (report.hits, report.tokens_saved, report.hit_rate) == (1, 44, 44 / 144)
+    assert (report.offloaded_blocks, report.restored_blocks) == (12 + 12, 11)
+    assert report.verified_bytes == 144 * 2 * 2 * 3 * 2
+    assert [step.host_blocks for step in steps[:2]] == [0, 12]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.integers(0, 17), st.integers(0, 2)), min_size=1, max_size=14),
+    st.integers(1, 5),
+    st.sampled_from([0, 1, 3, 8, 200]),
+    st.booleans(),
+)
+def test_nothing_waits_forever(rows, max_num_seqs, host_blocks, prefix_caching):
+    """In a pool that is hardly larger than a request, whatever is parked; and all adds up after each step."""
+    requests = [Request(i, n, m, (number,) if n else ()) for i, (n, m, number) in enumerate(rows)]
+    most = sum(2 + 2 * (request.input_length + request.output_length) for request in requests)
+    managers: list[Any] = []
+    steps: list[Step] = []
+
+    class Watched(replay_module.KVCacheManager):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            managers.append(self)
+
+    def check(step: Step) -> None:
+        steps.append(step)
+        managers[0].check_integrity()
+        assert len(steps) <= most
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay_module, "KVCacheManager", Watched)
+        report = replay(requests, host_blocks=host_blocks, prefix_caching=prefix_caching, max_num_seqs=max_num_seqs,
+                        on_step=check, **SMALL)  # fmt: skip
+    assert report.requests == len(requests)
+    assert report.verified_bytes == (report.tokens_in + report.tokens_out) * 2 * 2 * 3 * 2
+    assert not managers[0].sequences
+    if host_blocks == 200:  # room for all
+        assert (report.offloads, report.recomputed_tokens) == (report.preemptions, 0)
+    if not host_blocks:
+        assert (report.offloads, report.offloaded_blocks, report.restored_blocks) == (0, 0, 0)
+
+
+def test_a_wrong_byte_in_host_memory_is_found(monkeypatch):
+    fetch = BlockMover.fetch
+
+    def spoiled(self, places, blocks):
+        fetch(self, places, blocks)
+        self._v_pools[1, blocks[0], 0, 0, 5] ^= 1
+
+    monkeypatch.setattr(BlockMover, "fetch", spoiled)
+    with pytest.raises(MismatchError, match="request 2, layer 1, V: 1 tokens differ"):
+        replay([Request(0, 4, 12), Request(0, 3, 12)], host_blocks=3, **{**SMALL, "num_blocks": 6})
+
+
 def test_shared_blocks_are_counted_once():
     report = replay([Request(0, 8, 0, (1,)), Request(1, 8, 0, (1,))], **SMALL)
     assert (report.hits, report.recomputed_tokens) == (1, 0)
@@ -450,6 +541,24 @@ def test_json_has_the_numbers_of_the_report(capsys):
     assert report["verified_bytes"] == sum(r.input_length + r.output_length for r in trace) * 3 * 2 * 2 * 16 * 2
 
 
+def test_host_blocks(capsys, tmp_path):
+    trace = write(tmp_path / "t", "TIMESTAMP,ContextTokens,GeneratedTokens\n" + 2 * "2023-11-16 18:17:04,4,12\n")
+    command = [str(trace), "--num-blocks", "6", "--block-size", "4", "--device", "cpu"]
+    assert main([*command, "--host-blocks", "4", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    names = ("host_blocks", "host_bytes", "preemptions", "offloads", "offloaded_blocks", "restored_blocks")
+    assert [report[name] for name in names] == [4, 4 * 1024, 1, 1, 5, 1]  # of the parked three, two stay in the pool
+    assert (report["offloaded_bytes"], report["restored_bytes"], report["recomputed_tokens"]) == (5120, 1024, 0)
+    assert main([*command, "--host-blocks", "4"]) == 0
+    lines = {line[:19].rstrip(): line[20:] for line in capsys.readouterr().out.splitlines()}
+    assert lines["host memory"] == "4 blocks, 4.10 kB; 1 of the preempted requests parked there"
+    assert lines["copied"] == "5 blocks to the host, 5.12 kB; 1 back, 1.02 kB"
+    assert main(command) == 0
+    assert not {"host memory", "copied"} & {line[:19].rstrip() for line in capsys.readouterr().out.splitlines()}
+    assert main([*command, "--host-blocks", str(2**31)]) == 2
+    assert "host_blocks and the pool's 6 must be" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("memory", "blocks"),
     [
@@ -491,7 +600,7 @@ def test_what_cannot_be_used_is_an_error_on_one_line(capsys, arguments, message)
 @pytest.mark.parametrize(
     "arguments",
     [["--memory", "much"], ["--memory", "1MB", "--num-blocks", "1"], ["--layers", "0"], ["--dtype", "float17"],
-     ["--dtype", "(2,"], ["--limit", "-1"], ["--max-num-seqs", "x"], ["--heads", "1.5"]],
+     ["--dtype", "(2,"], ["--limit", "-1"], ["--host-blocks", "-1"], ["--max-num-seqs", "x"], ["--heads", "1.5"]],
 )  # fmt: skip
 def test_wrong_options(capsys, arguments):
     with pytest.raises(SystemExit) as caught:

@@ -30,6 +30,8 @@ _FEW_SEQUENCES = 4
 _WORTHWHILE_TOKENS = 128  # of a stretch, or of a sequence, that is copied on its own
 _MANY_ITEMS = 500  # NumPy lets go of the interpreter for more opaque items than these
 _FEW_BYTES = 2**18  # that take no longer than other threads can wait for the interpreter
+_MUCH = 2**20  # bytes; less is still in the cache when it is copied a second time
+_LONG_RUN = 2**15  # bytes of blocks that follow each other, for which an assignment takes less than a second copy
 _SMALL_ITEM = 32  # bytes; smaller ones are assigned faster than put
 _MANY_TOKENS = 2**14  # from here on it pays to look for whole blocks
 
@@ -91,9 +93,25 @@ def _write_blocks(tokens: _Array, pool: _Array, slots: _Array) -> None:
     pool[slots[::block_size] // block_size] = tokens.reshape(-1, *pool.shape[1:])
 
 
+def _in_long_runs(blocks: _Array, num_bytes: int) -> bool:
+    """Whether it pays to copy blocks run by run, and not by indexing, which makes a copy of all ``num_bytes`` first."""
+    if num_bytes < _MUCH or len(blocks) * _LONG_RUN <= num_bytes:
+        return num_bytes >= _MUCH
+    if num_bytes < 2 * _MUCH:  # to look for runs takes its time, too
+        return False
+    num_runs = 1 + int(np.count_nonzero(blocks[1:] != blocks[:-1] + 1))
+    return num_runs * _LONG_RUN <= num_bytes
+
+
 def _read_blocks(tokens: _Array, pool: _Array, items: Items | None, blocks: _Array) -> None:
     if items is None:
-        tokens.reshape(-1, *pool.shape[1:])[...] = pool[blocks]
+        into = tokens.reshape(-1, *pool.shape[1:])
+        if _in_long_runs(blocks, tokens.nbytes):
+            for run in runs_of(blocks):
+                first = blocks.item(run.start)
+                into[run] = pool[first : first + run.stop - run.start]
+        else:
+            into[...] = pool[blocks]
     else:  # opaque items are aligned wherever they are; of others that are not, take() would copy the whole pool
         pool.ravel().view(items.block).take(blocks, 0, tokens.ravel().view(items.block), "clip")
 

@@ -37,6 +37,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
 def _seconds(text: str) -> float:
     try:
         seconds = float(text)
@@ -73,6 +79,11 @@ def _parser() -> argparse.ArgumentParser:
         "--num-blocks", type=_positive, help=f"blocks in the pool; by default for {_DEFAULT_POOL_TOKENS} tokens"
     )
     pool.add_argument("--memory", type=_size, help="memory for K and V of all layers instead, such as 512MiB or 2GB")
+    parser.add_argument(
+        "--host-blocks", type=_count, default=0, metavar="N",
+        help="room for so many more blocks in host memory: evicted ones are found there, and what is preempted is "
+        "parked there instead of computed again (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--block-size", type=_positive, default=16, help="tokens in a block (%(default)s)")
     parser.add_argument("--layers", type=_positive, default=2, help="layers (%(default)s)")
     parser.add_argument("--heads", type=_positive, default=2, help="KV heads (%(default)s)")
@@ -156,6 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 dtype=options.dtype,
                 device=options.device,
                 prefix_caching=not options.no_prefix_caching,
+                host_blocks=options.host_blocks,
                 max_num_seqs=options.max_num_seqs,
                 skip_oversized=options.skip_oversized,
                 step_time=options.step_time,

@@ -29,7 +29,7 @@ def draw(steps: Sequence[Step], report: Report, path: str) -> None:
     from matplotlib.figure import Figure
 
     columns = np.array(steps, np.float64).reshape(-1, len(Step._fields)).T
-    seconds, live, cached, running, waiting, prompt_tokens, saved = columns
+    seconds, live, cached, running, waiting, prompt_tokens, saved, on_host = columns
     has_clock = report.simulated_seconds is not None
     x = seconds if has_clock else np.arange(1, len(steps) + 1)
     figure = Figure(figsize=(9, 7), layout="constrained")
@@ -37,6 +37,8 @@ def draw(steps: Sequence[Step], report: Report, path: str) -> None:
     pool.stackplot(x, 100 * live / report.num_blocks, 100 * cached / report.num_blocks, labels=["live", "cached"],
                    colors=["C0", "#bcd4e6"])  # fmt: skip
     pool.set(ylabel="% of the pool's blocks", ylim=(0, 100))
+    if report.host_blocks:
+        pool.plot(x, 100 * on_host / report.host_blocks, label="host, % of its blocks", color="C3", linewidth=1)
     requests.plot(x, running, label="running", linewidth=1)
     if has_clock:
         requests.plot(x, waiting, label="waiting", linewidth=1)

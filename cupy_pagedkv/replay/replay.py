@@ -5,6 +5,10 @@ sequence is preempted, which is to say it is freed and waits, first in line, to 
 waiting requests are admitted in order while blocks last, each prompt in a batch of its own, so that the next one can
 share it; sequences that have all their tokens are gathered, compared and freed.
 
+With a second tier, what is preempted is parked in host memory instead, where there is room, and goes on from there when
+it is first in line and the pool has blocks for all of it. A parked request has none of the pool. So where nothing runs,
+all blocks of the pool are there for the first in line, and each request fits the pool: nothing waits forever.
+
 Without a clock the replay is saturated: timestamps order the requests, and each is admitted as soon as blocks allow.
 With one, a step takes simulated time, and no request is admitted before it has arrived.
 """
@@ -65,6 +69,7 @@ class _Sequence:
     computed: int = 0
     """Of these, those that were in the cache before a preemption."""
     cached: CachedSequence | None = None
+    """While it runs, and while it is parked in host memory."""
 
     @property
     def length(self) -> int:
@@ -97,6 +102,7 @@ def replay(
     dtype: npt.DTypeLike,
     device: str | None = None,
     prefix_caching: bool = True,
+    host_blocks: int = 0,
     max_num_seqs: int = 256,
     skip_oversized: bool = False,
     step_time: float = 0.0,
@@ -106,7 +112,8 @@ def replay(
 ) -> Report:
     """Replay ``requests`` in their order through a new cache, with at most ``max_num_seqs`` running at once.
 
-    With ``prefix_caching``, prompts whose ``hash_ids`` begin alike share blocks.
+    With ``prefix_caching``, prompts whose ``hash_ids`` begin alike share blocks. With ``host_blocks``, host memory has
+    room for as many more: for cached blocks that are evicted, and for requests that are preempted.
 
     A step takes ``step_time`` seconds of simulated time, and ``step_time_per_token`` for each token that it computes.
     With either, a request is admitted neither before its timestamp nor before those ahead of it, and the report tells
@@ -117,7 +124,7 @@ def replay(
 
     Raises :class:`OversizedRequestError` before anything runs if a request cannot fit the pool (with ``skip_oversized``
     such requests are left out and counted), :class:`MismatchError` if a byte that comes out is not the one that went
-    in, ``ValueError`` for times that are negative or not finite, and what making the cache raises.
+    in, ``ValueError`` for times that are negative or not finite, and what making the cache and its manager raises.
     """
     at_least(1, "max_num_seqs", max_num_seqs)
     for name, seconds in (("step_time", step_time), ("step_time_per_token", step_time_per_token)):
@@ -144,7 +151,8 @@ def replay(
                 f"a request of {request.input_length} + {request.output_length} tokens needs {needed} blocks of "
                 f"{block_size}, but the pool has {num_blocks}; make the pool larger or skip such requests",
             )
-    run = _Replay(cache, sequences, prefix_caching, max_num_seqs, step_time, step_time_per_token)
+    manager = KVCacheManager(cache, prefix_caching=prefix_caching, host_blocks=host_blocks)
+    run = _Replay(cache, manager, sequences, prefix_caching, max_num_seqs, step_time, step_time_per_token)
     run.report.skipped = len(requests) - len(sequences)
     on_progress(run.report.skipped)
     start = time.perf_counter()
@@ -183,6 +191,7 @@ class _Replay:
     def __init__(
         self,
         cache: LayeredPagedKVCache,
+        manager: KVCacheManager,
         sequences: list[_Sequence],
         prefix_caching: bool,
         max_num_seqs: int,
@@ -190,7 +199,7 @@ class _Replay:
         step_time_per_token: float,
     ) -> None:
         pool = cache[0].k_cache
-        self.manager = KVCacheManager(cache, prefix_caching=prefix_caching)
+        self.manager = manager
         self.cache = cache
         self.row_shape = pool.shape[2:]
         self.row_bytes = int(np.prod(self.row_shape)) * pool.itemsize
@@ -217,6 +226,7 @@ class _Replay:
             block_size=cache.block_size,
             pool_bytes=2 * len(cache) * pool.nbytes,
             prefix_caching=prefix_caching,
+            host_blocks=manager.stats().host_blocks,
         )
         # One token that goes nowhere and one that was never written, so that no time includes compiling a kernel.
         nowhere = self._on_device(np.zeros((1, self.row_bytes), np.uint8))
@@ -259,15 +269,21 @@ class _Replay:
         return len(done)
 
     def _admit(self, sequence: _Sequence) -> bool:
-        """Compute what is not in the pool of all tokens that the sequence has, if there is room."""
-        sequence.cached = self.manager.add(sequence.tokens(0, sequence.known))
-        num_cached = sequence.cached.num_cached_tokens
+        """Have all tokens that the sequence has in the pool, and compute those that are in neither tier, if there is
+        room."""
+        parked = sequence.cached
+        cached = sequence.cached = parked or self.manager.add(sequence.tokens(0, sequence.known))
+        num_cached = cached.num_cached_tokens
         # With room for its next token, too, lest it be preempted at once.
         room = BlockTable.blocks_needed(min(sequence.known + 1, sequence.length), self.cache.block_size)
-        if room - num_cached // self.cache.block_size > self.manager.num_available_blocks:
-            self._free(sequence)
+        in_pool = len(cached.block_table) - cached.num_host_blocks
+        if room - in_pool > self.manager.num_available_blocks:
+            if parked is None:
+                self._free(sequence)
             return False
         self._compute([sequence], [sequence.known])
+        if parked is not None:
+            return True
         if sequence.computed:  # its own blocks, mostly, which say nothing of what prompts share
             self.report.recomputed_tokens += max(0, sequence.computed - num_cached)
             self.report.tokens_found_again += num_cached
@@ -280,9 +296,22 @@ class _Replay:
     def _preempt_youngest(self) -> None:
         sequence = self.running.pop()
         sequence.computed = sequence.known
-        self._free(sequence)
         self.report.preemptions += 1
+        if not self._park(sequence):
+            self._free(sequence)
         self.waiting.appendleft(sequence)
+
+    def _park(self, sequence: _Sequence) -> bool:
+        """Move what the sequence has to host memory, if there is room."""
+        assert sequence.cached is not None
+        if not self.report.host_blocks:
+            return False
+        try:
+            sequence.cached.offload()
+        except OutOfBlocksError:
+            return False
+        self.report.offloads += 1
+        return True
 
     def _free(self, sequence: _Sequence) -> None:
         assert sequence.cached is not None
@@ -365,7 +394,7 @@ class _Replay:
         stats = self.manager.stats()
         return Step(
             self.now, stats.live_blocks, stats.cached_blocks, len(self.running), self.queue[-1], self.prompt_tokens,
-            self.report.tokens_saved,
+            self.report.tokens_saved, stats.live_host_blocks + stats.cached_host_blocks,
         )  # fmt: skip
 
     def finished_report(self, has_clock: bool) -> Report:
@@ -387,4 +416,8 @@ class _Replay:
         self.report.taken_share_contiguous = held_in_buffers / max(1, taken_by_buffers)
         self.report.hit_rate = self.report.tokens_saved / max(1, self.prompt_tokens)
         self.report.evictions, self.report.copies = stats.evictions, stats.copies
+        block_bytes = self.report.pool_bytes // self.cache.num_blocks
+        self.report.host_bytes = stats.host_blocks * block_bytes
+        self.report.offloaded_blocks, self.report.offloaded_bytes = stats.offloaded, stats.offloaded * block_bytes
+        self.report.restored_blocks, self.report.restored_bytes = stats.restored, stats.restored * block_bytes
         return self.report

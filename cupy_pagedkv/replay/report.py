@@ -19,7 +19,9 @@ class Step(NamedTuple):
     prompt_tokens: int
     """Of all prompts so far, each counted once."""
     tokens_saved: int
-    """Those of them that were in the pool."""
+    """Those of them that were in the pool, or in host memory."""
+    host_blocks: int
+    """In host memory: of parked requests, and those that are found there and not in the pool."""
 
 
 @dataclass
@@ -38,18 +40,29 @@ class Report:
     steps: int = 0
     preemptions: int = 0
     recomputed_tokens: int = 0
-    """Tokens that were in the cache before a preemption, and were not found after it."""
+    """Tokens that were in the cache before a preemption that freed them, and were not found after it."""
     tokens_found_again: int = 0
     """Those that were, when the request was admitted again."""
     prefix_caching: bool = True
     hits: int = 0
-    """Requests that found a part of their prompt in the pool when they were first admitted."""
+    """Requests that found a part of their prompt, in the pool or in host memory, when they were first admitted."""
     tokens_saved: int = 0
     """Tokens of these parts."""
     hit_rate: float = 0.0
     """The share of all prompts' tokens that they are."""
     evictions: int = 0
     copies: int = 0
+    host_blocks: int = 0
+    """That host memory has room for; bytes as of the pool's. 0 here, and in what follows, without a second tier."""
+    host_bytes: int = 0
+    offloads: int = 0
+    """Preemptions that parked a request in host memory, so that none of its tokens was computed again."""
+    offloaded_blocks: int = 0
+    """Copied to host memory: of parked requests, and cached ones that were evicted."""
+    offloaded_bytes: int = 0
+    restored_blocks: int = 0
+    """Copied back to the pool."""
+    restored_bytes: int = 0
     peak_blocks: int = 0
     peak_running: int = 0
     pool_share: float = 0.0
@@ -104,6 +117,17 @@ def _prefix_cache(report: Report) -> str:
     )
 
 
+def _host(report: Report) -> dict[str, str]:
+    if not report.host_blocks:
+        return {}
+    return {
+        "host memory": f"{report.host_blocks:,} blocks, {_bytes(report.host_bytes)}; "
+        f"{report.offloads:,} of the preempted requests parked there",
+        "copied": f"{report.offloaded_blocks:,} blocks to the host, {_bytes(report.offloaded_bytes)}; "
+        f"{report.restored_blocks:,} back, {_bytes(report.restored_bytes)}",
+    }
+
+
 def as_text(trace: str, report: Report) -> str:
     """The report on a trace of this name, a fact a line."""
     rows = {
@@ -116,6 +140,7 @@ def as_text(trace: str, report: Report) -> str:
         f"{report.tokens_found_again:,} found again",
         "prefix cache": _prefix_cache(report),
         "pool": f"{report.num_blocks:,} blocks of {report.block_size} tokens, {_bytes(report.pool_bytes)}",
+        **_host(report),
         "peak blocks": f"{report.peak_blocks:,} ({report.peak_blocks / report.num_blocks:.1%} of the pool)",
         "pool holds tokens": f"{report.pool_share:.1%} paged; {report.pool_share_contiguous:.1%} if each request had "
         "a contiguous buffer for the longest",
