@@ -6,7 +6,8 @@ others), and free + live + cached is always the whole pool.
 Where there is a second tier, cached blocks that are needed for others go to *places* in host memory, numbered on from
 the pool's blocks, and are found there. What comes back into the pool leaves its place as a *spare*: as long as nobody
 needs that for something else, the block can go again without a copy. Spares are given up first, so that pool and places
-together hold what one larger pool would.
+together hold what one larger pool would; but places that are read when blocks come back are not there for what makes
+room in the pool for these.
 
 What is found is an exact trie, whose nodes are runs of blocks::
 
