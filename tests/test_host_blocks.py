@@ -240,6 +240,19 @@ def test_who_writes_where_a_parked_sequence_knows_the_block_writes_to_a_copy(ser
     assert served.manager.stats().copies == copies + 1, "nobody else knows the block now"
 
 
+def test_a_run_that_a_parked_sequence_remembers_is_not_joined(monkeypatch):
+    monkeypatch.setattr("cupy_pagedkv.devices.backend.EMULATE", False)
+    served = Served(Host(), 6, host_blocks=3)
+    first, second = (served.run([*range(32), *[i] * 16]) for i in (1, 2))
+    served.free(second)
+    served.free(first)
+    parked = served.run([*range(32), 3])  # its prefix ends where those two parted
+    served.offload(parked)
+    served.run(range(500, 548))  # and one of the two is lost, since the host is full
+    served.free(served.add([*range(32), *[1] * 16, 9]))
+    served.append(parked, [1])
+
+
 def test_the_host_is_full(served):
     sequences = [served.run(range(i, i + 64)) for i in (0, 100)]
     for sequence in sequences:
@@ -402,6 +415,14 @@ def test_an_offload_that_fails_leaves_everything(served, monkeypatch, error):
             sequence.offload()
     assert served.state()[:7] == before[:7]  # behind it are totals of the allocators' calls
     served.offload(sequence)
+    served.append(sequence, [1])
+    spare = list(served.manager._pool._places.spare)
+    with monkeypatch.context() as patch:
+        patch.setattr(served.manager._pool, "_store", failing)
+        with pytest.raises(error):
+            sequence.offload()
+    assert list(served.manager._pool._places.spare) == spare
+    served.check()
 
 
 def test_integrity_of_both_tiers(served):
