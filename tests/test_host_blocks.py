@@ -341,6 +341,18 @@ def test_wrong_numbers_of_host_blocks(host_blocks, error, message):
         KVCacheManager(cache, host_blocks=host_blocks)
 
 
+def test_host_memory_in_bytes():
+    cache = LayeredPagedKVCache(2, 4, 16, 4, 8, "float16", "cpu")
+    block = 2 * 2 * 16 * 4 * 8 * 2
+    assert KVCacheManager(cache, host_bytes=3 * block + block - 1).stats().host_blocks == 3
+    with pytest.raises(ValueError, match=f"host_bytes is {block - 1}, but a block takes {block} bytes"):
+        KVCacheManager(cache, host_bytes=block - 1)
+    with pytest.raises(ValueError, match="give host_blocks or host_bytes, not both"):
+        KVCacheManager(cache, host_blocks=1, host_bytes=block)
+    with pytest.raises(ValueError, match="host_bytes must be at least 0, got -1"):
+        KVCacheManager(cache, host_bytes=-1)
+
+
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("fails", ["store", "fetch"])
 def test_a_transfer_that_fails_leaves_everything(served, monkeypatch, fails, error):

@@ -58,7 +58,7 @@ from . import files
 from .batch import Batch, BatchBuffers
 from .cache import LayeredPagedKVCache
 from .sequence import CachedSequence
-from .tier import BlockMover, Returning
+from .tier import BlockMover, Returning, block_bytes
 
 __all__ = ["CachedSequence", "KVCacheManager", "KVCacheStats"]
 
@@ -126,14 +126,15 @@ class KVCacheManager:
     call depends on what it is given, not on the size of the pool or on how many sequences there are, but for
     :meth:`check_integrity`, :meth:`reset_prefix_cache` and, now and then, the growth of its own tables.
 
-    With ``host_blocks``, host memory has room for as many blocks more, pinned where the cache is on a GPU. Cached
-    blocks that are evicted go there, the least recently used ones make room for them, and ``add`` finds them there,
-    too; and :meth:`CachedSequence.offload` parks a sequence. :meth:`prepare` brings back what its sequences need. All
-    copies of a call go at once; on a GPU they travel on a stream of their own, and the current stream waits for what
-    comes back, not for what goes.
+    With ``host_blocks``, host memory has room for so many blocks more, or as many as fit in ``host_bytes``, pinned
+    where the cache is on a GPU. Cached blocks that are evicted go there, the least recently used ones make room for
+    them, and ``add`` finds them there, too; and :meth:`CachedSequence.offload` parks a sequence. :meth:`prepare` brings
+    back what its sequences need. All copies of a call go at once; on a GPU they travel on a stream of their own, and
+    the current stream waits for what comes back, not for what goes.
 
     A cache has one manager, and nobody else hands out its blocks. Raises ``TypeError`` for another kind of cache, and
-    ``ValueError`` for one that has blocks in its own block table, and for negative ``host_blocks``.
+    ``ValueError`` for one that has blocks in its own block table, for negative ``host_blocks``, and for ``host_bytes``
+    that hold no block or come with ``host_blocks``.
 
     >>> cache = LayeredPagedKVCache(1, 8, 4, num_kv_heads=1, head_dim=2, dtype="float16", device="cpu")
     >>> manager = KVCacheManager(cache)
@@ -147,7 +148,9 @@ class KVCacheManager:
     >>> manager.free(sequence)
     """
 
-    def __init__(self, cache: LayeredPagedKVCache, *, prefix_caching: bool = True, host_blocks: int = 0) -> None:
+    def __init__(
+        self, cache: LayeredPagedKVCache, *, prefix_caching: bool = True, host_blocks: int = 0, host_bytes: int = 0
+    ) -> None:
         if not isinstance(cache, LayeredPagedKVCache):
             raise TypeError(f"cache must be a LayeredPagedKVCache, got {type(cache).__name__}")
         if cache.block_table(0).num_blocks:
@@ -159,6 +162,12 @@ class KVCacheManager:
         self._staging = backend_of(("the cache",), cache[0].k_cache).staging()
         self._prefix_caching = prefix_caching
         self._block_size = cache.block_size
+        if at_least(0, "host_bytes", host_bytes):
+            if host_blocks:
+                raise ValueError("give host_blocks or host_bytes, not both")
+            host_blocks = host_bytes // block_bytes(cache)
+            if not host_blocks:
+                raise ValueError(f"host_bytes is {host_bytes}, but a block takes {block_bytes(cache)} bytes")
         if at_least(0, "host_blocks", host_blocks) > MAX_BLOCKS - cache.num_blocks:
             raise ValueError(f"host_blocks and the pool's {cache.num_blocks} must be {MAX_BLOCKS} at most, together")
         self._mover = BlockMover(cache, host_blocks) if host_blocks else None
