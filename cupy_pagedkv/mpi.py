@@ -1,0 +1,719 @@
+"""Sequences that travel between processes and machines, on MPI: prefill on one rank, and decode on another.
+
+>>> from mpi4py import MPI
+>>> import numpy as np
+>>> from cupy_pagedkv import KVCacheManager, LayeredPagedKVCache
+>>> here, there = (
+...     KVCacheManager(LayeredPagedKVCache(2, 8, block_size, num_kv_heads=1, head_dim=4, dtype="float16", device="cpu"))
+...     for block_size in (4, 8)
+... )
+>>> sequence = here.add([1, 2, 3, 4, 5, 6])
+>>> with here.prepare({sequence: sequence.remaining}) as batch:
+...     here._cache.update_all(*np.ones((2, 2, 6, 1, 4), np.float16), batch.slot_mapping)
+>>> comm = MPI.COMM_SELF  # of several ranks, one calls send(…, dest), and the other recv(…, source)
+>>> sending, receiving = isend(here, sequence, comm, dest=0), irecv(there, comm, source=0)
+>>> while not sending.test() & receiving.test():
+...     pass
+>>> receiving.wait().num_tokens
+6
+
+It needs mpi4py and an MPI, the extra ``mpi``; nothing else in the package imports them. Nothing is pickled.
+
+A transfer, of which each message has a tag of its own::
+
+    sender                                              receiver
+      offer: what K and V are, salt, tokens  ────────►  what of that is here already?
+      from which token on?                   ◄────────  found: so many first tokens, and there is room for the rest
+      pack, send, pack, send                 ════════►  receive, unpack, receive, unpack
+      done                                   ◄────────  done: committed
+
+    either one ── failed: why ──► the other, at any time
+
+Both poll: nobody waits for the other longer than ``timeout`` seconds without a sign of it, and whatever fails leaves
+manager and pool as they were.
+"""
+
+import itertools
+import json
+import os
+import struct
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from mpi4py import MPI
+
+from .bookkeeping.pool import Salt
+from .caches.manager import KVCacheManager
+from .caches.sequence import CachedSequence
+from .devices.backend import backend_of
+from .operations.copies import gather_cache, reshape_and_cache
+
+__all__ = ["Request", "TransferError", "gpu_aware", "irecv", "isend", "recv", "send"]
+
+VERSION = 1
+"""Of the messages. Both sides must have the same."""
+
+PIECE_BYTES = 2**21
+"""Of K and V in a message, at most, if that is a token: what a core's cache still has when it goes on its way."""
+
+T = TypeVar("T")
+Steps: TypeAlias = Generator[int, None, T]
+"""What polls: each time it goes on it has done what could be done at once, and says how often it has polled in vain."""
+
+_Tokens: TypeAlias = npt.NDArray[np.int32]
+
+_WORD = struct.Struct("<8sIIQ")  # magic, version, kind, number of the transfer; and then what the kind needs
+_MAGIC = b"pagedkv\0"
+_OFFER, _FOUND, _DONE, _FAILED = range(4)
+_OFFERS = 1  # the tag of all offers; the tags of a transfer are the next ones, by its number
+_TO_RECEIVER, _TO_SENDER, _DATA = range(3)
+
+_numbers = itertools.count()
+_left: list[tuple[MPI.Request, Any]] = []
+"""What MPI may still read or write, though nobody waits for it any more. A send cannot be taken back."""
+
+
+class TransferError(RuntimeError):
+    """A transfer has failed: the other rank is gone, refuses, or says what was not expected. Nothing has changed."""
+
+
+class Request(Generic[T]):
+    """A transfer on its way. It gets on while it is tested or waited for; dropped or cancelled, it fails."""
+
+    def __init__(self, steps: Steps[T]) -> None:
+        self._steps = steps
+        self._idle = 0
+        self._error: BaseException | None = None
+        self._result: list[T] = []
+        self.test()
+
+    def test(self) -> bool:
+        """Do what can be done at once; returns whether all is done. Raises what the blocking call would."""
+        if self._error is not None:
+            raise self._error
+        if not self._result:
+            try:
+                self._idle = next(self._steps)
+            except StopIteration as end:
+                self._result.append(end.value)
+            except MPI.Exception as error:
+                self._error = TransferError(f"MPI failed: {error}")
+                raise self._error from error
+            except BaseException as error:
+                self._error = error
+                raise
+        return bool(self._result)
+
+    def wait(self) -> T:
+        """What the blocking call returns, once it is done."""
+        while not self.test():
+            if self._idle < 1000:
+                os.sched_yield()  # more ranks than cores
+            else:
+                time.sleep(1e-4)
+        return self._result[0]
+
+    def cancel(self) -> None:
+        """Give up, and tell the other rank, unless all is done."""
+        if not self._result and self._error is None:
+            self._error = TransferError("the transfer was cancelled")
+            self._steps.close()
+
+
+def send(
+    manager: KVCacheManager,
+    sequence: CachedSequence,
+    comm: MPI.Comm,
+    dest: int,
+    *,
+    timeout: float = 60.0,
+    gpu_aware: bool | None = None,
+) -> None:
+    """Bring a sequence to the manager of rank ``dest``, which calls :func:`recv`. It stays here, too: moving it is
+    ``send``, and then ``manager.free``.
+
+    Only K and V that the receiver does not find there by their tokens travel, some MB a message, packed while the one
+    before is on its way. The receiver's block size may differ; layers, heads, head_dim and dtype have to be the same.
+    What is parked in host memory comes back to the pool for that.
+
+    comm
+        A communicator of its own, such as ``MPI.COMM_WORLD.Dup()``, unless nobody else receives with any tag or with
+        those of a transfer.
+    timeout
+        Seconds without a sign of the other rank, after which it counts as lost.
+    gpu_aware
+        Whether MPI takes memory of a GPU; by default what :func:`gpu_aware` says. Otherwise K and V of a GPU go through
+        pinned memory.
+
+    Raises :class:`TransferError` if the other rank is lost, refuses or answers nonsense, ``ValueError`` for a sequence
+    that is freed, of another manager or in an open batch, of a manager without ``prefix_caching``, which keeps no
+    tokens, and of a salt that is of a subclass.
+    """
+    isend(manager, sequence, comm, dest, timeout=timeout, gpu_aware=gpu_aware).wait()
+
+
+def isend(
+    manager: KVCacheManager,
+    sequence: CachedSequence,
+    comm: MPI.Comm,
+    dest: int,
+    *,
+    timeout: float = 60.0,
+    gpu_aware: bool | None = None,
+) -> Request[None]:
+    """:func:`send` as a request. The sequence may grow, or be freed, meanwhile: what it is now is sent."""
+    whole = _Part(dest, 0, manager._cache[0].num_heads)
+    return Request(_sending(manager, sequence, comm, [whole], whole.last, timeout, gpu_aware))
+
+
+def recv(
+    manager: KVCacheManager, comm: MPI.Comm, source: int, *, timeout: float = 60.0, gpu_aware: bool | None = None
+) -> CachedSequence:
+    """A sequence that rank ``source`` sends: an ordinary one of this manager, with as many ``num_tokens`` and the same
+    ``remaining``. Its ``num_cached_tokens`` did not have to travel.
+
+    Raises :class:`TransferError` as :func:`send` does, and for K and V of another kind, and
+    :class:`~cupy_pagedkv.OutOfBlocksError` where there is no room; the sender is told, and can try again.
+    """
+    return irecv(manager, comm, source, timeout=timeout, gpu_aware=gpu_aware).wait()
+
+
+def irecv(
+    manager: KVCacheManager, comm: MPI.Comm, source: int, *, timeout: float = 60.0, gpu_aware: bool | None = None
+) -> Request[CachedSequence]:
+    """:func:`recv` as a request, whose ``wait`` returns the sequence. Any of several may take the next offer."""
+    whole = _Part(source, 0, manager._cache[0].num_heads)
+    return Request(_receiving(manager, comm, [whole], whole.last, timeout, gpu_aware, _alone))
+
+
+def gpu_aware(comm: MPI.Comm) -> bool:
+    """Whether MPI says that it takes memory of CUDA devices: by the info key ``mpi_memory_alloc_kinds`` of MPI 4.1,
+    which is asked for by ``mpiexec -memory-alloc-kinds cuda`` or as the library's manual says; Cray's by its own
+    ``MPICH_GPU_SUPPORT_ENABLED=1``."""
+    info = comm.Get_info()
+    kinds = info.get("mpi_memory_alloc_kinds") or ""
+    info.Free()
+    of_cuda = any(kind.partition(":")[0] == "cuda" for kind in kinds.split(","))
+    return of_cuda or os.environ.get("MPICH_GPU_SUPPORT_ENABLED") == "1"
+
+
+# What the two sides do.
+
+
+class _Part(NamedTuple):
+    """What goes to or comes from one rank: heads, of all that the ranks of a group have together."""
+
+    rank: int
+    first: int
+    last: int
+
+    def of_pools(self, manager: KVCacheManager, first: int) -> tuple[Any, Any]:
+        """Views of the pools, with these heads, on a rank whose heads begin with ``first``."""
+        heads = slice(self.first - first, self.last - first)
+        return manager._cache._k_caches[..., heads, :], manager._cache._v_caches[..., heads, :]
+
+
+@dataclass
+class _Kind:
+    """What K and V are."""
+
+    layers: int
+    heads: int
+    head_dim: int
+    dtype: str
+
+    @classmethod
+    def of(cls, manager: KVCacheManager, num_heads: int) -> "_Kind":
+        cache = manager._cache
+        return cls(len(cache), num_heads, cache[0].head_dim, str(cache[0].dtype))
+
+    def __str__(self) -> str:
+        return f"{self.layers} layers of {self.heads} heads of {self.head_dim} {self.dtype}"
+
+
+@dataclass
+class _Offer:
+    """The first message. Tokens follow as int32: those in the cache, and what remains of the prompt."""
+
+    layers: int
+    heads: int
+    head_dim: int
+    dtype: str
+    first: int
+    last: int
+    """The heads that are sent."""
+    num_tokens: int
+    num_remaining: int
+    piece: int
+    """Tokens in a message."""
+    salt: list[Any]
+
+    def kind(self) -> _Kind:
+        return _Kind(self.layers, self.heads, self.head_dim, self.dtype)
+
+
+def _sending(
+    manager: KVCacheManager,
+    sequence: CachedSequence,
+    comm: MPI.Comm,
+    parts: Sequence[_Part],
+    num_heads: int,
+    timeout: float,
+    aware: bool | None,
+) -> Steps[None]:
+    tokens, salt = _tokens_of(manager, sequence), _salt_of(manager, sequence)
+    kind, remaining = _Kind.of(manager, num_heads), sequence.remaining
+    fork = sequence.fork()  # so that the sequence can go on
+    batch = None
+    try:
+        batch = manager.prepare({fork: []})  # what is on the host comes back
+
+        def give(part: _Part) -> Steps[None]:
+            pools = part.of_pools(manager, parts[0].first)
+            piece = _tokens_of_a_piece(pools)
+            offer = _Offer(**asdict(kind), first=part.first, last=part.last, num_tokens=len(tokens),
+                           num_remaining=len(remaining), piece=piece, salt=salt)  # fmt: skip
+            body = json.dumps(asdict(offer)).encode() + b"\n" + tokens.tobytes() + remaining.tobytes()
+            with _link(comm, part.rank, timeout, next(_numbers), _TO_RECEIVER) as link:
+                link.say(_OFFER, body)
+                found = yield from link.hear(_FOUND, "answer")
+                start = int.from_bytes(found, "little")
+                if start > len(tokens):
+                    raise TransferError(f"rank {part.rank} found {start} of {len(tokens)} tokens")
+                lane = _lane(pools, min(piece, len(tokens) - start), link, aware)
+                for i, first in enumerate(range(start, len(tokens), piece)):
+                    last = min(first + piece, len(tokens))
+                    memory = yield from lane.empty(i, last - first)
+                    gather_cache(*pools, batch.block_tables, [last], seq_starts=[first], out=memory)
+                    yield from lane.send(i)
+                yield from lane.finish()
+                yield from link.hear(_DONE, "acknowledgement")
+
+        yield from _together([give(part) for part in parts])
+    finally:
+        if batch is not None:
+            manager.rollback(batch)
+        manager.free(fork)
+
+
+def _receiving(
+    manager: KVCacheManager,
+    comm: MPI.Comm,
+    parts: Sequence[_Part],
+    num_heads: int,
+    timeout: float,
+    aware: bool | None,
+    agree: Callable[[bool], Steps[bool]],
+) -> Steps[CachedSequence]:
+    kind = _Kind.of(manager, num_heads)
+    links: list[_Link] = []
+    sequence = batch = None
+    try:
+        offers = yield from _agreed(agree, _together([_offer(comm, part, timeout, kind, links) for part in parts]))
+        offer, tokens = offers[0]
+        if any(other.tobytes() != tokens.tobytes() for _, other in offers):
+            raise TransferError("the ranks offer sequences of different tokens")
+        known = tokens[: offer.num_tokens]
+        # One token more than there are, since add() never finds the last one.
+        sequence = manager.add(np.append(tokens, np.int32(0)), salt=_as_salt(offer.salt))
+        sequence._prompt = tokens
+        if sequence.num_tokens > len(known):
+            sequence.truncate(len(known))
+        sequence._num_cached = start = sequence.num_tokens
+        batch = manager.prepare({sequence: known[start:]})
+        slots = batch.slot_mapping
+
+        def take(link: _Link, part: _Part, piece: int) -> Steps[None]:
+            pools = part.of_pools(manager, parts[0].first)
+            lane = _lane(pools, min(piece, len(known) - start), link, aware)
+            sizes = [min(piece, len(known) - first) for first in range(start, len(known), piece)]
+            for i, size in enumerate(sizes[:2]):
+                yield from lane.receive(i, size)
+            link.say(_FOUND, start.to_bytes(8, "little"))
+            done = 0
+            for i, size in enumerate(sizes):
+                memory = yield from lane.received(i)
+                reshape_and_cache(*memory, *pools, slots[done : done + size])
+                done += size
+                lane.unpacked(i)
+                if i + 2 < len(sizes):
+                    yield from lane.receive(i + 2, sizes[i + 2])
+            yield from lane.finish()
+
+        pieces = [offer.piece for offer, _ in offers]
+        takes = [take(link, part, piece) for link, part, piece in zip(links, parts, pieces, strict=True)]
+        yield from _agreed(agree, _together(takes))
+        manager.commit(batch)
+        batch = None
+        for link in links:
+            link.say(_DONE)
+            link.close()
+        return sequence
+    except BaseException as error:
+        if batch is not None:
+            manager.rollback(batch)
+        if sequence is not None:
+            manager.free(sequence)
+        for link in links:
+            link.close(error)
+        raise
+
+
+def _offer(
+    comm: MPI.Comm, part: _Part, timeout: float, kind: _Kind, links: list["_Link"]
+) -> Steps[tuple[_Offer, _Tokens]]:
+    """The next offer of a rank that it has not taken back, and its tokens; the link to it is put among ``links``."""
+    while True:
+        link = _Link(comm, part.rank, timeout, None, _TO_SENDER)
+        links.append(link)
+        body = yield from link.hear(_OFFER, "offer")
+        try:
+            yield from link.listen()
+            break
+        except _GaveUpError:  # before this rank came
+            links.remove(link)
+    text, _, rest = body.partition(b"\n")
+    try:
+        offer = _Offer(**json.loads(text))
+        counts = [getattr(offer, field.name) for field in fields(offer) if field.type is int]
+        tokens = np.frombuffer(rest, np.int32)
+        if not all(type(count) is int and count >= 0 for count in counts) or offer.piece < 1:
+            raise ValueError(f"its numbers are {counts}")
+        if len(tokens) != offer.num_tokens + offer.num_remaining:
+            raise ValueError(f"it has {len(tokens)} tokens and not {offer.num_tokens} + {offer.num_remaining}")
+        _as_salt(offer.salt)
+    except (ValueError, TypeError) as error:
+        raise TransferError(f"the offer of rank {part.rank} is nonsense: {error}") from None
+    if offer.kind() != kind:
+        raise TransferError(f"rank {part.rank} offers {offer.kind()}, but this cache has {kind}")
+    if (offer.first, offer.last) != part[1:]:
+        raise TransferError(
+            f"rank {part.rank} offers heads {offer.first} to {offer.last}, expected {part.first} to {part.last}"
+        )
+    return offer, tokens
+
+
+def _alone(succeeded: bool) -> Steps[bool]:
+    return succeeded
+    yield
+
+
+def _agreed(agree: Callable[[bool], Steps[bool]], steps: Steps[T]) -> Steps[T]:
+    """What ``steps`` return, if they succeed on all ranks of the group."""
+    try:
+        result = yield from steps
+    except Exception:
+        yield from agree(False)
+        raise
+    if not (yield from agree(True)):
+        raise TransferError("another rank of this group failed; what it raised says why")
+    return result
+
+
+def _together(all_steps: Sequence[Steps[T]]) -> Steps[list[T]]:
+    """Several at once; the first that raises ends all."""
+    results: dict[int, T] = {}
+    try:
+        while True:
+            idle = None
+            for i, steps in enumerate(all_steps):
+                if i not in results:
+                    try:
+                        now = next(steps)
+                        idle = now if idle is None else min(idle, now)
+                    except StopIteration as end:
+                        results[i] = end.value
+            if idle is None:
+                return [results[i] for i in range(len(all_steps))]
+            yield idle
+    finally:
+        for steps in all_steps:
+            steps.close()
+
+
+# Messages.
+
+
+class _Link:
+    """To one other rank: the words of a transfer, with its tags, and waits that end."""
+
+    def __init__(self, comm: MPI.Comm, peer: int, timeout: float, number: int | None, says: int) -> None:
+        self.comm, self.peer, self.timeout = comm, peer, timeout
+        self._number = number
+        """Of the transfer; a receiver learns it from the offer."""
+        self._says, self._hears = says, 1 - says
+        self._heard: list[tuple[int, bytes]] = []
+        self._posted: list[tuple[MPI.Request, Any]] = []
+        self._awaited: list[MPI.Request] = []
+
+    def _tag(self, of: int) -> int:
+        """Of words in one direction, or of data; as long as there is no number, of offers."""
+        if self._number is None:
+            return _OFFERS
+        most: Any = self.comm.Get_attr(MPI.TAG_UB)
+        return _OFFERS + 1 + 3 * (self._number % ((int(most) - _OFFERS) // 3)) + of
+
+    def say(self, kind: int, body: bytes = b"") -> None:
+        """Queue a word."""
+        word = _WORD.pack(_MAGIC, VERSION, kind, self._number or 0) + body
+        self._post(word, _OFFERS if kind == _OFFER else self._tag(self._says))
+
+    def send(self, memory: Any) -> MPI.Request:
+        """Queue data."""
+        return self._post(memory, self._tag(_DATA))
+
+    def receive(self, memory: Any) -> MPI.Request:
+        """Where the next data go."""
+        request = self.comm.Irecv([memory, MPI.BYTE], self.peer, self._tag(_DATA))
+        self._keep(request, memory)
+        self._awaited.append(request)
+        return request
+
+    def _post(self, memory: Any, tag: int) -> MPI.Request:
+        request = self.comm.Isend([memory, MPI.BYTE], self.peer, tag)
+        self._keep(request, memory)
+        return request
+
+    def _keep(self, request: MPI.Request, memory: Any) -> None:
+        self._posted = [each for each in self._posted if each[0] != MPI.REQUEST_NULL]
+        self._posted.append((request, memory))
+
+    def hear(self, kind: int, what: str) -> Steps[bytes]:
+        """What the other rank says next, which has to be of a kind."""
+        yield from self.until(what, lambda: bool(self._heard))
+        got, body = self._heard.pop(0)
+        if got != kind:
+            raise TransferError(f"expected the {what} of rank {self.peer}, a word of kind {kind}, got one of {got}")
+        return body
+
+    def until(self, what: str, poll: Callable[[], bool]) -> Steps[None]:
+        """Wait until ``poll()`` is true, unless the other rank gives up, or nothing comes of it for too long."""
+        end = time.monotonic() + self.timeout
+        for idle in itertools.count():
+            if poll():
+                return
+            yield from self.listen()
+            if time.monotonic() > end and not poll():
+                raise TransferError(f"waited {self.timeout:g} s for the {what} of rank {self.peer}, and none came")
+            yield idle
+
+    def listen(self) -> Steps[None]:
+        """Take what the other rank has said, if anything."""
+        status = MPI.Status()
+        message = self.comm.Improbe(self.peer, self._tag(self._hears), status)
+        if message is None:
+            return
+        memory = np.empty(status.Get_count(MPI.BYTE), np.uint8)
+        request = message.Irecv([memory, MPI.BYTE])
+        self._keep(request, memory)
+        end = time.monotonic() + self.timeout
+        while not request.Test():
+            if time.monotonic() > end:
+                raise TransferError(f"waited {self.timeout:g} s for the rest of what rank {self.peer} says")
+            yield 0
+        word = memory.tobytes()
+        if len(word) < _WORD.size or not word.startswith(_MAGIC):
+            raise TransferError(f"expected a word of this protocol, but rank {self.peer} says {word[:16]!r}")
+        _, version, kind, number = _WORD.unpack_from(word)
+        if self._number is None:
+            self._number = number
+        if version != VERSION:
+            raise TransferError(f"rank {self.peer} speaks version {version} of the protocol, and this is {VERSION}")
+        if number != self._number:
+            return  # of a transfer long ago, whose tags are used again
+        body = word[_WORD.size :]
+        if kind == _FAILED:
+            self._number = None  # it need not be told
+            raise _GaveUpError(f"rank {self.peer} gave up: {body.decode(errors='replace')}")
+        self._heard.append((kind, body))
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Tell the other rank why this one gives up, and leave to MPI what it still has."""
+        if error is not None and self._number is not None:
+            self.say(_FAILED, f"{type(error).__name__}: {error}".encode(errors="replace"))
+        for request in self._awaited:
+            if request != MPI.REQUEST_NULL:
+                request.Cancel()
+        _left.extend(self._posted)
+        _left[:] = [each for each in _left if not each[0].Test()]
+
+
+class _GaveUpError(TransferError):
+    """The other rank has, and said why."""
+
+
+@contextmanager
+def _link(comm: MPI.Comm, peer: int, timeout: float, number: int, says: int) -> Iterator[_Link]:
+    link = _Link(comm, peer, timeout, number, says)
+    try:
+        yield link
+    except BaseException as error:
+        link.close(error)
+        raise
+    link.close()
+
+
+# K and V on their way.
+
+
+def _tokens_of_a_piece(pools: tuple[Any, Any]) -> int:
+    layers, _, _, heads, head_dim = pools[0].shape
+    tokens = PIECE_BYTES // (2 * layers * heads * head_dim * pools[0].itemsize)
+    return int(max(1, tokens // 64 * 64 or tokens))  # whole blocks of most sizes
+
+
+def _lane(pools: tuple[Any, Any], num_tokens: int, link: _Link, aware: bool | None) -> "_Lane":
+    if isinstance(pools[0], np.ndarray):
+        return _Lane(pools, num_tokens, link)
+    return _GpuLane(pools, num_tokens, link, gpu_aware(link.comm) if aware is None else aware)
+
+
+class _Lane:
+    """Two buffers in turn, for K and V of up to so many tokens each: one is packed or unpacked while MPI has the other.
+
+    A piece is ``[2, num_layers, num_tokens, num_kv_heads, head_dim]``.
+    """
+
+    def __init__(self, pools: tuple[Any, Any], num_tokens: int, link: _Link) -> None:
+        self._link = link
+        self._pool = pools[0]
+        self._backend: Any = backend_of(("the cache",), self._pool)
+        self._row = 2 * self._pool[:, 0, 0].size * self._pool.itemsize  # bytes of a token
+        size = (num_tokens * self._row,)
+        self._buffers = [self._backend.empty(size, np.dtype(np.uint8), self._pool.device) for _ in range(2)]
+        self._of_mpi = self._buffers
+        """What MPI reads or writes."""
+        self._requests = [MPI.REQUEST_NULL] * 2
+        self._sizes = [0, 0]
+
+    def empty(self, i: int, num_tokens: int) -> Steps[tuple[Any, Any]]:
+        """K and V of piece ``i``, to be packed."""
+        yield from self._mpi_is_done(i)
+        self._sizes[i % 2] = num_tokens
+        return self._views(i)
+
+    def send(self, i: int) -> Steps[None]:
+        """Send what was packed."""
+        self._packed(i)
+        yield from self._device_is_done(i)
+        self._requests[i % 2] = self._link.send(self._bytes_of(i, self._of_mpi))
+
+    def receive(self, i: int, num_tokens: int) -> Steps[None]:
+        """Let piece ``i`` come."""
+        yield from self._device_is_done(i)
+        self._sizes[i % 2] = num_tokens
+        self._requests[i % 2] = self._link.receive(self._bytes_of(i, self._of_mpi))
+
+    def received(self, i: int) -> Steps[tuple[Any, Any]]:
+        """K and V of a piece that was let come, to be unpacked."""
+        yield from self._mpi_is_done(i, self._sizes[i % 2] * self._row)
+        return self._views(i)
+
+    def unpacked(self, i: int) -> None:
+        """That is done, or queued."""
+
+    def finish(self) -> Steps[None]:
+        """Wait until all is sent, or unpacked."""
+        for i in range(2):
+            yield from self._mpi_is_done(i)
+            yield from self._device_is_done(i)
+
+    def _bytes_of(self, i: int, buffers: list[Any]) -> Any:
+        return buffers[i % 2][: self._sizes[i % 2] * self._row]
+
+    def _views(self, i: int) -> tuple[Any, Any]:
+        layers, _, _, heads, head_dim = self._pool.shape
+        elements = self._bytes_of(i, self._buffers).view(self._pool.dtype)
+        key, value = elements.reshape(2, layers, self._sizes[i % 2], heads, head_dim)
+        return key, value
+
+    def _mpi_is_done(self, i: int, wanted: int | None = None) -> Steps[None]:
+        request, status = self._requests[i % 2], MPI.Status()
+        try:
+            yield from self._link.until("next piece", lambda: request.Test(status))
+        except MPI.Exception as error:
+            if error.Get_error_class() != MPI.ERR_TRUNCATE:
+                raise
+            raise TransferError(f"expected {wanted} bytes of rank {self._link.peer}, got more") from None
+        if wanted is not None and status.Get_count(MPI.BYTE) != wanted:
+            came = status.Get_count(MPI.BYTE)
+            raise TransferError(f"expected {wanted} bytes of rank {self._link.peer}, got {came}")
+
+    def _packed(self, i: int) -> None: ...
+
+    def _device_is_done(self, i: int) -> Steps[None]:
+        return
+        yield
+
+
+class _GpuLane(_Lane):
+    """The same on a GPU: what is packed and unpacked is queued on the current stream, and goes through pinned memory
+    unless MPI is aware of GPUs."""
+
+    def __init__(self, pools: tuple[Any, Any], num_tokens: int, link: _Link, aware: bool) -> None:
+        super().__init__(pools, num_tokens, link)
+        self._events: list[Any] = [None, None]
+        if not aware:
+            self._of_mpi = [self._backend.empty_pinned(len(buffer)) for buffer in self._buffers]
+
+    def _packed(self, i: int) -> None:
+        stream = self._backend.current_stream()
+        if self._of_mpi is not self._buffers:
+            self._backend.copy_to_host(self._bytes_of(i, self._buffers), self._of_mpi[i % 2], stream)
+        self._events[i % 2] = self._backend.event_behind(stream)
+
+    def received(self, i: int) -> Steps[tuple[Any, Any]]:
+        views = yield from super().received(i)
+        if self._of_mpi is not self._buffers:
+            stream = self._backend.current_stream()
+            self._backend.copy_from_host(self._of_mpi[i % 2], self._bytes_of(i, self._buffers), stream)
+        return views
+
+    def unpacked(self, i: int) -> None:
+        self._events[i % 2] = self._backend.event_behind(self._backend.current_stream())
+
+    def _device_is_done(self, i: int) -> Steps[None]:
+        while self._events[i % 2] is not None and not self._events[i % 2].done:
+            yield 0
+
+
+# What a sequence is, in bytes.
+
+
+def _tokens_of(manager: KVCacheManager, sequence: CachedSequence) -> _Tokens:
+    """All tokens that are in the cache."""
+    row = manager._row_of(sequence)
+    if not manager._prefix_caching:
+        raise ValueError("a manager without prefix_caching keeps no tokens, by which the receiver knows what it gets")
+    full, begun = divmod(sequence.num_tokens, manager._block_size)
+    parts = [manager._rows.tail(row)[:begun]]
+    run, size = sequence._run.at(full), 4 * manager._block_size
+    while full:
+        parts.append(np.frombuffer(bytes(run.tokens[: (full - run.first) * size]), np.int32))
+        full = run.first
+        run = run.at(full)
+    return np.concatenate(parts[::-1])
+
+
+def _salt_of(manager: KVCacheManager, sequence: CachedSequence) -> list[Any]:
+    """Type and value, as JSON can have it."""
+    root = sequence._run.at(0)
+    [salt] = [salt for (_, salt), of_salt in manager._pool._roots.items() if of_salt is root]
+    name, value = type(salt).__name__, salt.hex() if isinstance(salt, bytes) else salt
+    if type(salt) not in (str, bytes, int, bool, type(None)):
+        raise ValueError(f"a salt that travels must be a str, bytes, an int or None, got a {name}")
+    return [name, value]
+
+
+def _as_salt(salt: list[Any]) -> Salt:
+    name, value = salt
+    if name == "bytes":
+        return bytes.fromhex(value)
+    if type(value).__name__ != name or not isinstance(value, Salt):
+        raise ValueError(f"its salt is {salt!r:.40}")
+    return value
