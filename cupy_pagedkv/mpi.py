@@ -61,6 +61,9 @@ VERSION = 1
 PIECE_BYTES = 2**21
 """Of K and V in a message, at most, if that is a token: what a core's cache still has when it goes on its way."""
 
+IN_FLIGHT = 2
+"""Such messages at once: while MPI has some, one is packed or unpacked."""
+
 T = TypeVar("T")
 Steps: TypeAlias = Generator[int, None, T]
 """What polls: each time it goes on it has done what could be done at once, and says how often it has polled in vain."""
@@ -74,8 +77,9 @@ _OFFERS = 1  # the tag of all offers; the tags of a transfer are the next ones, 
 _TO_RECEIVER, _TO_SENDER, _DATA = range(3)
 
 _numbers = itertools.count()
-_left: list[tuple[MPI.Request, Any]] = []
-"""What MPI may still read or write, though nobody waits for it any more. A send cannot be taken back."""
+_left: list[tuple[list[MPI.Request], Callable[[], object]]] = []
+"""What nobody waits for any more, but MPI may still read or write; and what is to be done when it does not. To take
+back a send is more than MPI promises, and so is to take back a receive whose message is on its way."""
 
 
 class TransferError(RuntimeError):
@@ -287,10 +291,7 @@ def _sending(
                     raise TransferError(f"rank {part.rank} found {start} of {len(tokens)} tokens")
                 lane = _lane(pools, min(piece, len(tokens) - start), link, aware)
                 for i, first in enumerate(range(start, len(tokens), piece)):
-                    last = min(first + piece, len(tokens))
-                    memory = yield from lane.empty(i, last - first)
-                    gather_cache(*pools, batch.block_tables, [last], seq_starts=[first], out=memory)
-                    yield from lane.send(i)
+                    yield from lane.send(i, batch.block_tables, first, min(first + piece, len(tokens)))
                 yield from lane.finish()
                 yield from link.hear(_DONE, "acknowledgement")
 
@@ -330,19 +331,15 @@ def _receiving(
 
         def take(link: _Link, part: _Part, piece: int) -> Steps[None]:
             pools = part.of_pools(manager, parts[0].first)
-            lane = _lane(pools, min(piece, len(known) - start), link, aware)
-            sizes = [min(piece, len(known) - first) for first in range(start, len(known), piece)]
-            for i, size in enumerate(sizes[:2]):
-                yield from lane.receive(i, size)
+            lane = _lane(pools, min(piece, len(slots)), link, aware)
+            pieces = [slots[first : first + piece] for first in range(0, len(slots), piece)]
+            for i, of_piece in enumerate(pieces[:IN_FLIGHT]):
+                yield from lane.receive(i, of_piece)
             link.say(_FOUND, start.to_bytes(8, "little"))
-            done = 0
-            for i, size in enumerate(sizes):
-                memory = yield from lane.received(i)
-                reshape_and_cache(*memory, *pools, slots[done : done + size])
-                done += size
-                lane.unpacked(i)
-                if i + 2 < len(sizes):
-                    yield from lane.receive(i + 2, sizes[i + 2])
+            for i, of_piece in enumerate(pieces):
+                yield from lane.received(i, of_piece)
+                if i + IN_FLIGHT < len(pieces):
+                    yield from lane.receive(i + IN_FLIGHT, pieces[i + IN_FLIGHT])
             yield from lane.finish()
 
         pieces = [offer.piece for offer, _ in offers]
@@ -355,12 +352,16 @@ def _receiving(
             link.close()
         return sequence
     except BaseException as error:
-        if batch is not None:
-            manager.rollback(batch)
-        if sequence is not None:
-            manager.free(sequence)
         for link in links:
             link.close(error)
+
+        def forget() -> None:
+            if batch is not None:
+                manager.rollback(batch)
+            if sequence is not None:
+                manager.free(sequence)
+
+        _leave([each for link in links for each in link.awaited], forget)
         raise
 
 
@@ -439,6 +440,15 @@ def _together(all_steps: Sequence[Steps[T]]) -> Steps[list[T]]:
 # Messages.
 
 
+def _leave(requests: list[MPI.Request], then: Callable[[], object]) -> None:
+    """Call ``then`` when all requests are done: now, or in a later transfer."""
+    _left.append((requests, then))
+    for each in list(_left):
+        if all(request.Test() for request in each[0]):
+            _left.remove(each)
+            each[1]()
+
+
 class _Link:
     """To one other rank: the words of a transfer, with its tags, and waits that end."""
 
@@ -449,7 +459,8 @@ class _Link:
         self._says, self._hears = says, 1 - says
         self._heard: list[tuple[int, bytes]] = []
         self._posted: list[tuple[MPI.Request, Any]] = []
-        self._awaited: list[MPI.Request] = []
+        self.awaited: list[MPI.Request] = []
+        """Receives of data."""
 
     def _tag(self, of: int) -> int:
         """Of words in one direction, or of data; as long as there is no number, of offers."""
@@ -467,11 +478,12 @@ class _Link:
         """Queue data."""
         return self._post(memory, self._tag(_DATA))
 
-    def receive(self, memory: Any) -> MPI.Request:
-        """Where the next data go."""
-        request = self.comm.Irecv([memory, MPI.BYTE], self.peer, self._tag(_DATA))
-        self._keep(request, memory)
-        self._awaited.append(request)
+    def receive(self, *where: Any) -> MPI.Request:
+        """Where the next data go, as MPI is told."""
+        request = self.comm.Irecv(list(where), self.peer, self._tag(_DATA))
+        self.awaited = [each for each in self.awaited if each != MPI.REQUEST_NULL]
+        self.awaited.append(request)
+        self._keep(request, where)
         return request
 
     def _post(self, memory: Any, tag: int) -> MPI.Request:
@@ -536,11 +548,11 @@ class _Link:
         """Tell the other rank why this one gives up, and leave to MPI what it still has."""
         if error is not None and self._number is not None:
             self.say(_FAILED, f"{type(error).__name__}: {error}".encode(errors="replace"))
-        for request in self._awaited:
+        for request in self.awaited:
             if request != MPI.REQUEST_NULL:
                 request.Cancel()
-        _left.extend(self._posted)
-        _left[:] = [each for each in _left if not each[0].Test()]
+        posted = self._posted  # in the closure, with the memory
+        _leave([request for request, _ in posted], posted.clear)
 
 
 class _GaveUpError(TransferError):
@@ -574,66 +586,71 @@ def _lane(pools: tuple[Any, Any], num_tokens: int, link: _Link, aware: bool | No
 
 
 class _Lane:
-    """Two buffers in turn, for K and V of up to so many tokens each: one is packed or unpacked while MPI has the other.
-
-    A piece is ``[2, num_layers, num_tokens, num_kv_heads, head_dim]``.
-    """
+    """The way of K and V between pools in host memory, a piece ``[2, num_layers, num_tokens, num_kv_heads, head_dim]``
+    at a time. They are packed into buffers that take turns, and received right where they belong."""
 
     def __init__(self, pools: tuple[Any, Any], num_tokens: int, link: _Link) -> None:
+        self._pools = pools
         self._link = link
-        self._pool = pools[0]
-        self._backend: Any = backend_of(("the cache",), self._pool)
-        self._row = 2 * self._pool[:, 0, 0].size * self._pool.itemsize  # bytes of a token
-        size = (num_tokens * self._row,)
-        self._buffers = [self._backend.empty(size, np.dtype(np.uint8), self._pool.device) for _ in range(2)]
-        self._of_mpi = self._buffers
-        """What MPI reads or writes."""
-        self._requests = [MPI.REQUEST_NULL] * 2
-        self._sizes = [0, 0]
+        self._row = 2 * pools[0][:, 0, 0].size * pools[0].itemsize  # bytes of a token
+        self._num_bytes = num_tokens * self._row
+        self._requests = [MPI.REQUEST_NULL] * IN_FLIGHT
+        self._buffers: list[Any] = []
 
-    def empty(self, i: int, num_tokens: int) -> Steps[tuple[Any, Any]]:
-        """K and V of piece ``i``, to be packed."""
+    def send(self, i: int, block_tables: Any, first: int, last: int) -> Steps[None]:
+        """Send piece ``i``, once there is a buffer for it: of the one sequence in ``block_tables`` the tokens from
+        ``first`` to ``last``."""
+        self._buffers = self._buffers or self._make_buffers()
         yield from self._mpi_is_done(i)
-        self._sizes[i % 2] = num_tokens
-        return self._views(i)
+        memory = self._buffers[i % IN_FLIGHT][: (last - first) * self._row]
+        gather_cache(*self._pools, block_tables, [last], seq_starts=[first], out=self._views(memory))
+        memory = yield from self._packed(i, memory)
+        self._requests[i % IN_FLIGHT] = self._link.send(memory)
 
-    def send(self, i: int) -> Steps[None]:
-        """Send what was packed."""
-        self._packed(i)
-        yield from self._device_is_done(i)
-        self._requests[i % 2] = self._link.send(self._bytes_of(i, self._of_mpi))
+    def receive(self, i: int, slots: Any) -> Steps[None]:
+        """Let piece ``i`` come, which is for ``slots``."""
+        pool, (keys, values) = self._pools[0], (_address(pool) for pool in self._pools)
+        layers, block_size = pool.shape[0], pool.shape[2]
+        row = pool.shape[3] * pool.shape[4] * pool.itemsize
+        places = slots // block_size * pool.strides[1] + slots % block_size * pool.strides[2]
+        ends = np.flatnonzero(np.diff(places, append=-1) != row) + 1  # of runs without a gap
+        counts = np.diff(ends, prepend=0)
+        starts = places[ends - counts]
+        offsets = np.add.outer(np.add.outer([0, values - keys], np.arange(layers) * pool.strides[0]), starts).ravel()
+        where = MPI.BYTE.Create_hindexed(np.tile(counts * row, 2 * layers).tolist(), offsets.tolist()).Commit()
+        memory = MPI.memory.fromaddress(keys, 0)
+        self._requests[i % IN_FLIGHT] = self._link.receive(memory, 1, where)
+        where.Free()
+        return
+        yield
 
-    def receive(self, i: int, num_tokens: int) -> Steps[None]:
-        """Let piece ``i`` come."""
-        yield from self._device_is_done(i)
-        self._sizes[i % 2] = num_tokens
-        self._requests[i % 2] = self._link.receive(self._bytes_of(i, self._of_mpi))
-
-    def received(self, i: int) -> Steps[tuple[Any, Any]]:
-        """K and V of a piece that was let come, to be unpacked."""
-        yield from self._mpi_is_done(i, self._sizes[i % 2] * self._row)
-        return self._views(i)
-
-    def unpacked(self, i: int) -> None:
-        """That is done, or queued."""
+    def received(self, i: int, slots: Any) -> Steps[None]:
+        """Wait until piece ``i`` is there, or what unpacks it is queued."""
+        yield from self._mpi_is_done(i, len(slots) * self._row)
 
     def finish(self) -> Steps[None]:
-        """Wait until all is sent, or unpacked."""
-        for i in range(2):
+        """Wait until MPI needs no memory any more."""
+        for i in range(IN_FLIGHT):
             yield from self._mpi_is_done(i)
-            yield from self._device_is_done(i)
 
-    def _bytes_of(self, i: int, buffers: list[Any]) -> Any:
-        return buffers[i % 2][: self._sizes[i % 2] * self._row]
+    def _make_buffers(self) -> list[Any]:
+        backend: Any = backend_of(("the cache",), self._pools[0])
+        place = self._pools[0].device
+        return [backend.empty((self._num_bytes,), np.dtype(np.uint8), place) for _ in range(IN_FLIGHT)]
 
-    def _views(self, i: int) -> tuple[Any, Any]:
-        layers, _, _, heads, head_dim = self._pool.shape
-        elements = self._bytes_of(i, self._buffers).view(self._pool.dtype)
-        key, value = elements.reshape(2, layers, self._sizes[i % 2], heads, head_dim)
+    def _views(self, memory: Any) -> tuple[Any, Any]:
+        """K and V of a piece."""
+        layers, _, _, heads, head_dim = self._pools[0].shape
+        key, value = memory.view(self._pools[0].dtype).reshape(2, layers, -1, heads, head_dim)
         return key, value
 
+    def _packed(self, i: int, memory: Any) -> Steps[Any]:
+        """What MPI is to send."""
+        return memory
+        yield
+
     def _mpi_is_done(self, i: int, wanted: int | None = None) -> Steps[None]:
-        request, status = self._requests[i % 2], MPI.Status()
+        request, status = self._requests[i % IN_FLIGHT], MPI.Status()
         try:
             yield from self._link.until("next piece", lambda: request.Test(status))
         except MPI.Exception as error:
@@ -644,42 +661,55 @@ class _Lane:
             came = status.Get_count(MPI.BYTE)
             raise TransferError(f"expected {wanted} bytes of rank {self._link.peer}, got {came}")
 
-    def _packed(self, i: int) -> None: ...
-
-    def _device_is_done(self, i: int) -> Steps[None]:
-        return
-        yield
-
 
 class _GpuLane(_Lane):
-    """The same on a GPU: what is packed and unpacked is queued on the current stream, and goes through pinned memory
-    unless MPI is aware of GPUs."""
+    """The same on a GPU: what packs and unpacks is queued on the current stream, and between that and MPI events are
+    waited for. Where MPI is not aware of GPUs, pinned memory is between them, too."""
 
     def __init__(self, pools: tuple[Any, Any], num_tokens: int, link: _Link, aware: bool) -> None:
         super().__init__(pools, num_tokens, link)
-        self._events: list[Any] = [None, None]
-        if not aware:
-            self._of_mpi = [self._backend.empty_pinned(len(buffer)) for buffer in self._buffers]
+        self._backend: Any = backend_of(("the cache",), pools[0])
+        self._buffers = self._make_buffers()
+        self._events: list[Any] = [None] * IN_FLIGHT
+        self._pinned = None if aware else [self._backend.empty_pinned(self._num_bytes) for _ in range(IN_FLIGHT)]
 
-    def _packed(self, i: int) -> None:
+    def receive(self, i: int, slots: Any) -> Steps[None]:
+        yield from self._device_is_done(i)
+        buffers = self._buffers if self._pinned is None else self._pinned
+        memory = buffers[i % IN_FLIGHT][: len(slots) * self._row]
+        self._requests[i % IN_FLIGHT] = self._link.receive(memory, MPI.BYTE)
+
+    def received(self, i: int, slots: Any) -> Steps[None]:
+        yield from super().received(i, slots)
+        stream, memory = self._backend.current_stream(), self._buffers[i % IN_FLIGHT][: len(slots) * self._row]
+        if self._pinned is not None:
+            self._backend.copy_from_host(self._pinned[i % IN_FLIGHT], memory, stream)
+        reshape_and_cache(*self._views(memory), *self._pools, slots)
+        self._events[i % IN_FLIGHT] = self._backend.event_behind(stream)
+
+    def finish(self) -> Steps[None]:
+        yield from super().finish()
+        for i in range(IN_FLIGHT):
+            yield from self._device_is_done(i)
+
+    def _packed(self, i: int, memory: Any) -> Steps[Any]:
         stream = self._backend.current_stream()
-        if self._of_mpi is not self._buffers:
-            self._backend.copy_to_host(self._bytes_of(i, self._buffers), self._of_mpi[i % 2], stream)
-        self._events[i % 2] = self._backend.event_behind(stream)
-
-    def received(self, i: int) -> Steps[tuple[Any, Any]]:
-        views = yield from super().received(i)
-        if self._of_mpi is not self._buffers:
-            stream = self._backend.current_stream()
-            self._backend.copy_from_host(self._of_mpi[i % 2], self._bytes_of(i, self._buffers), stream)
-        return views
-
-    def unpacked(self, i: int) -> None:
-        self._events[i % 2] = self._backend.event_behind(self._backend.current_stream())
+        if self._pinned is not None:
+            pinned = self._pinned[i % IN_FLIGHT][: len(memory)]
+            self._backend.copy_to_host(memory, pinned, stream)
+            memory = pinned
+        self._events[i % IN_FLIGHT] = self._backend.event_behind(stream)
+        yield from self._device_is_done(i)
+        return memory
 
     def _device_is_done(self, i: int) -> Steps[None]:
-        while self._events[i % 2] is not None and not self._events[i % 2].done:
+        event = self._events[i % IN_FLIGHT]
+        while event is not None and not event.done:
             yield 0
+
+
+def _address(array: npt.NDArray[Any]) -> int:
+    return int(array.__array_interface__["data"][0])
 
 
 # What a sequence is, in bytes.

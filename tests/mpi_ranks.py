@@ -695,10 +695,10 @@ def the_sender_dies_in_the_middle() -> None:
     if RANK == 0:
         usual = mpi._Lane.send
 
-        def send(lane: Any, i: int) -> Any:
+        def send(lane: Any, i: int, *which: Any) -> Any:
             if i == 3:
                 die()
-            yield from usual(lane, i)
+            yield from usual(lane, i, *which)
 
         mpi._Lane.send = send
         with small_pieces():
@@ -711,7 +711,14 @@ def the_sender_dies_in_the_middle() -> None:
 @deadly
 def the_receiver_dies_in_the_middle() -> None:
     if RANK == 1:
-        mpi._Lane.unpacked = lambda lane, i: die() if i == 2 else None
+        usual = mpi._Lane.receive
+
+        def receive(lane: Any, i: int, slots: Any) -> Any:
+            if i == 3:
+                die()
+            yield from usual(lane, i, slots)
+
+        mpi._Lane.receive = receive
         with small_pieces():
             mpi.recv(a_manager(), WORLD, 0)
     else:
