@@ -38,7 +38,8 @@ import json
 import os
 import struct
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
@@ -47,19 +48,28 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
+from .bookkeeping.arguments import at_least
 from .bookkeeping.pool import Salt
-from .caches.manager import KVCacheManager
+from .caches.batch import Batch, BatchBuffers
+from .caches.cache import LayeredPagedKVCache
+from .caches.manager import KVCacheManager, Tokens
 from .caches.sequence import CachedSequence
+from .devices import backend as devices
 from .devices.backend import backend_of
+from .operations.arguments import Array
+from .operations.attention import merge_attention_states
 from .operations.copies import gather_cache, reshape_and_cache
 
-__all__ = ["Request", "TransferError", "gpu_aware", "irecv", "isend", "recv", "send"]
+__all__ = ["GroupManager", "Request", "TransferError", "gpu_aware", "irecv", "isend", "merge_ranks", "recv", "send"]
 
 VERSION = 1
 """Of the messages. Both sides must have the same."""
 
-PIECE_BYTES = 2**21
-"""Of K and V in a message, at most, if that is a token: what a core's cache still has when it goes on its way."""
+PIECE_BYTES = 2**23
+"""Of K and V in a message, at most, if that is a token."""
+
+STEP_BYTES = 2**13
+"""Of the message with a step of a group; what does not fit comes in a second one."""
 
 IN_FLIGHT = 2
 """Such messages at once: while MPI has some, one is packed or unpacked."""
@@ -206,6 +216,329 @@ def gpu_aware(comm: MPI.Comm) -> bool:
     return of_cuda or os.environ.get("MPICH_GPU_SUPPORT_ENABLED") == "1"
 
 
+class GroupManager(KVCacheManager):
+    """A manager on each rank of ``comm`` whose caches hold a share of the heads each, all of which stay equal: rank 0
+    decides, and the others follow.
+
+    Rank 0 uses it as any manager. Its :meth:`prepare` broadcasts all calls since the last one, in one message; the
+    others make them, too, in :meth:`follow`, and so have the same batch, of the same arrays::
+
+        if comm.rank == 0:                                    else:
+            sequence = manager.add(prompt)                        while (batch := manager.follow()) is not None:
+            batch = manager.prepare({sequence: prompt})               …  # the layers, with this rank's heads
+            …  # the layers, with this rank's heads
+            manager.commit(batch)
+            manager.close()
+
+    A message has the tokens of a step, but no block tables, which each rank has: it does not grow with what is in the
+    cache. Under ``CUPY_PAGEDKV_DEBUG=1`` the arrays of each batch are compared by a digest.
+
+    cache, prefix_caching, host_blocks
+        As for :class:`~cupy_pagedkv.KVCacheManager`, of the same sizes on all ranks. Rank ``r`` of ``n`` has the
+        ``r``-th of ``n`` shares of the heads.
+    num_kv_heads
+        Of all ranks together.
+    world
+        For :meth:`send` and :meth:`recv`: what the ranks of several groups are in.
+    timeout
+        Seconds that a rank waits for another.
+
+    All ranks make it at once, since ``comm`` is duplicated. Raises ``ValueError`` for heads that cannot be divided, or
+    of which the cache has another share. A group that has lost a rank is of no use any more.
+    """
+
+    def __init__(
+        self,
+        cache: LayeredPagedKVCache,
+        comm: MPI.Intracomm,
+        num_kv_heads: int,
+        *,
+        prefix_caching: bool = True,
+        host_blocks: int = 0,
+        world: MPI.Comm | None = None,
+        timeout: float = 60.0,
+    ) -> None:
+        super().__init__(cache, prefix_caching=prefix_caching, host_blocks=host_blocks)
+        self._share = _shares(num_kv_heads, range(comm.size))[comm.rank]
+        if cache[0].num_heads != self._share.last - self._share.first:
+            raise ValueError(
+                f"each of {comm.size} ranks has {num_kv_heads // comm.size} of {num_kv_heads} heads, but the cache has "
+                f"{cache[0].num_heads}"
+            )
+        self._num_heads, self._timeout = num_kv_heads, timeout
+        self._comm, self._world = comm.Dup(), world
+        self._calls: list[list[Any]] = []  # since the last message: name, values, and how many numbers are its own
+        self._numbers: list[npt.NDArray[np.int32]] = []
+        self._told: dict[CachedSequence | Batch, int] = {}  # what other ranks are told instead of these
+        self._named: dict[int, Any] = {}  # and the other way round
+        self._names = itertools.count()
+        self._following = comm.rank > 0
+        self._is_silent = False
+
+    def add(self, tokens: Tokens, *, salt: Salt = None) -> CachedSequence:
+        sequence = super().add(tokens, salt=salt)
+        if self._tells():
+            self._tell("add", _as_json(salt), numbers=[np.asarray(tokens, np.int32)])
+        self._name(sequence)
+        return sequence
+
+    def prepare(self, new_tokens: Mapping[CachedSequence, Tokens], *, buffers: BatchBuffers | None = None) -> Batch:
+        batch = super().prepare(new_tokens, buffers=buffers)
+        if self._tells():
+            names = np.array([self._told[sequence] for sequence in batch.sequences], np.int32)
+            self._tell("prepare", numbers=[names, batch._new.counts.astype(np.int32), batch._new.tokens])
+            self._send_calls()
+        self._name(batch)
+        if devices.DEBUG and not self._is_silent:
+            self._compare(batch)
+        return batch
+
+    def commit(self, batch: Batch, accepted: Mapping[CachedSequence, int] | None = None) -> None:
+        super().commit(batch, accepted)
+        if self._tells():
+            some = {} if accepted is None else accepted
+            kept = [[self._told[sequence] for sequence in some], list(some.values())]
+            self._tell("commit", self._told[batch], numbers=list(np.array(kept, np.int32)))
+        self._forget(batch)
+
+    def rollback(self, batch: Batch) -> None:
+        super().rollback(batch)
+        if self._tells() and batch in self._told:
+            self._tell("rollback", self._told[batch])
+        self._forget(batch)
+
+    def free(self, sequence: CachedSequence) -> None:
+        super().free(sequence)
+        if self._tells() and sequence in self._told:  # or it never came
+            self._tell("free", self._told[sequence])
+        self._forget(sequence)
+
+    def reset_prefix_cache(self) -> None:
+        super().reset_prefix_cache()
+        if self._tells():
+            self._tell("reset")
+
+    def _fork(self, sequence: CachedSequence) -> CachedSequence:
+        fork = super()._fork(sequence)
+        if self._tells():
+            self._tell("fork", self._told[sequence])
+        self._name(fork)
+        return fork
+
+    def _offload(self, sequence: CachedSequence) -> None:
+        super()._offload(sequence)
+        if self._tells():
+            self._tell("offload", self._told[sequence])
+
+    def _truncate(self, sequence: CachedSequence, num_tokens: int) -> None:
+        super()._truncate(sequence, num_tokens)
+        if self._tells():
+            self._tell("truncate", self._told[sequence], num_tokens)
+
+    def send(self, sequence: CachedSequence, dests: Sequence[int], *, gpu_aware: bool | None = None) -> None:
+        """Bring a sequence to another group, or to one rank with all heads, which calls :meth:`recv`, or :func:`recv`.
+
+        dests
+            The ranks of the other group in ``world``, in the order of their shares. Each gets its own heads from each
+            rank that has some of them. Raises ``ValueError`` for as many as the heads cannot be divided among, and
+            otherwise as :func:`send` does.
+        """
+        parts = self._overlaps(dests)
+        if self._tells():
+            self._row_of(sequence)
+            self._tell("send", self._told[sequence], list(dests), gpu_aware)
+            self._send_calls()
+        self._transfer(_sending(self, sequence, self._others(), parts, self._num_heads, self._timeout, gpu_aware))
+
+    def recv(self, sources: Sequence[int], *, gpu_aware: bool | None = None) -> CachedSequence:
+        """A sequence that another group sends, or one rank, on all ranks of this one or, if any of them fails, on none:
+        see :meth:`send`, and :func:`recv`."""
+        parts = self._overlaps(sources)
+        if self._tells():
+            self._tell("recv", list(sources), gpu_aware)
+            self._send_calls()
+        args = self._others(), parts, self._num_heads, self._timeout, gpu_aware, self._agree
+        sequence: CachedSequence = self._transfer(_receiving(self, *args))
+        self._name(sequence)
+        return sequence
+
+    def follow(self, *, buffers: BatchBuffers | None = None) -> Batch | None:
+        """The next batch of rank 0, once it has prepared it, on the other ranks; None when it has closed the group.
+
+        In between, what rank 0 did is done here, too. Raises what its :meth:`send` and :meth:`recv` raised, after which
+        this can be called again, and :class:`TransferError` if nothing comes for too long.
+        """
+        if self._comm.rank == 0:
+            raise ValueError("rank 0 does not follow: it decides")
+        self._following = False
+        try:
+            while True:
+                if not self._calls:
+                    self._hear_calls()
+                (name, values, lengths), numbers = self._calls.pop(0), self._numbers.pop(0)
+                ends = np.cumsum(lengths)[:-1].tolist()
+                result = self._replay(name, values, np.split(numbers, ends), buffers)
+                if name in ("prepare", "close"):
+                    return result
+        finally:
+            self._following = True
+
+    def close(self) -> None:
+        """Tell the others that there is nothing to follow any more."""
+        self._tell("close")
+        self._send_calls()
+
+    def _replay(self, name: str, values: list[Any], numbers: list[Any], buffers: BatchBuffers | None) -> Batch | None:
+        if name == "prepare":
+            names, counts, tokens = numbers
+            sequences = [self._named[at] for at in names.tolist()]
+            new = np.split(tokens, np.cumsum(counts)[:-1]) if len(counts) else []
+            return self.prepare(dict(zip(sequences, new, strict=True)), buffers=buffers)
+        if name == "add":
+            self.add(numbers[0], salt=_as_salt(values[0]))
+        elif name == "commit":
+            kept = {self._named[at]: count for at, count in zip(*(each.tolist() for each in numbers), strict=True)}
+            self.commit(self._named[values[0]], kept)
+        elif name == "recv":
+            self.recv(values[0], gpu_aware=values[1])
+        elif name == "send":
+            self.send(self._named[values[0]], values[1], gpu_aware=values[2])
+        elif name == "reset":
+            self.reset_prefix_cache()
+        elif name != "close":
+            calls: dict[str, Callable[..., object]] = {
+                "rollback": self.rollback, "free": self.free, "fork": self._fork, "offload": self._offload,
+                "truncate": self._truncate,
+            }  # fmt: skip
+            calls[name](self._named[values[0]], *values[1:])
+        return None
+
+    def _tells(self) -> bool:
+        """Whether this call is to be made on the other ranks."""
+        if self._following and not self._is_silent:
+            raise ValueError("rank 0 decides, and the other ranks follow()")
+        return self._comm.rank == 0 and not self._is_silent
+
+    def _tell(self, name: str, *values: Any, numbers: Sequence[npt.NDArray[np.int32]] = ()) -> None:
+        self._calls.append([name, values, [len(each) for each in numbers]])
+        self._numbers.extend(numbers)
+
+    def _name(self, thing: CachedSequence | Batch) -> None:
+        if not self._is_silent:
+            self._told[thing] = name = next(self._names)
+            self._named[name] = thing
+
+    def _forget(self, thing: CachedSequence | Batch) -> None:
+        if thing in self._told:
+            del self._named[self._told.pop(thing)]
+
+    def _send_calls(self) -> None:
+        text = json.dumps(self._calls).encode()
+        body = text + b"".join(each.tobytes() for each in self._numbers)
+        self._calls, self._numbers = [], []
+        message = _WORD.pack(_MAGIC, VERSION, len(text), len(body)) + body
+        self._broadcast(bytearray(message[:STEP_BYTES].ljust(STEP_BYTES, b"\0")))
+        if len(message) > STEP_BYTES:
+            self._broadcast(bytearray(message[STEP_BYTES:]))
+
+    def _hear_calls(self) -> None:
+        message = self._broadcast(bytearray(STEP_BYTES))
+        magic, version, of_text, size = _WORD.unpack_from(message)
+        if magic != _MAGIC or version != VERSION:
+            raise TransferError(f"rank 0 speaks version {version} of the protocol, and this is {VERSION}")
+        if _WORD.size + size > STEP_BYTES:
+            message += self._broadcast(bytearray(_WORD.size + size - STEP_BYTES))
+        text, numbers = message[_WORD.size :][:of_text], message[_WORD.size + of_text : _WORD.size + size]
+        self._calls = json.loads(text)
+        ends = np.cumsum([sum(lengths) for _, _, lengths in self._calls])[:-1]
+        self._numbers = np.split(np.frombuffer(numbers, np.int32), ends)
+
+    def _broadcast(self, message: bytearray) -> bytearray:
+        _collective(self._comm.Ibcast([message, MPI.BYTE]), "step of rank 0", self._timeout)
+        return message
+
+    def _agree(self, succeeded: bool) -> Steps[bool]:
+        ours, of_all = np.array([succeeded], np.uint8), np.zeros(1, np.uint8)
+        request = self._comm.Iallreduce(ours, of_all, MPI.MIN)
+        yield from _done(request, "agreement of the group", self._timeout)
+        return bool(of_all[0])
+
+    def _compare(self, batch: Batch) -> None:
+        backend = backend_of(("the batch",), batch.slot_mapping)
+        arrays = [batch.slot_mapping[: batch.num_tokens], batch.block_tables, batch.seq_lens]
+        digest = zlib.crc32(b"".join(np.ascontiguousarray(backend.asnumpy(array)).tobytes() for array in arrays))
+        ours, of_all = np.array([digest, self._pool.num_available]), np.zeros((self._comm.size, 2), np.int64)
+        _collective(self._comm.Iallgather(ours, of_all), "digest of the group", self._timeout)
+        if (of_all != of_all[0]).any():
+            raise TransferError(f"the managers of the group differ: digests and free blocks are {of_all.tolist()}")
+
+    def _transfer(self, steps: Steps[T]) -> T:
+        self._is_silent = True
+        try:
+            return Request(steps).wait()
+        finally:
+            self._is_silent = False
+
+    def _others(self) -> MPI.Comm:
+        if self._world is None:
+            raise ValueError("other groups are not known: make it GroupManager(…, world=comm)")
+        return self._world
+
+    def _overlaps(self, ranks: Sequence[int]) -> list["_Part"]:
+        """What this rank's share has in common with each of theirs."""
+        ours = self._share
+        parts = (_Part(part.rank, max(part.first, ours.first), min(part.last, ours.last))
+                 for part in _shares(self._num_heads, ranks))  # fmt: skip
+        return [part for part in parts if part.first < part.last]
+
+
+def merge_ranks(out: Array, lse: Array, comm: MPI.Intracomm, *, timeout: float = 60.0) -> tuple[Array, Array]:
+    """Attention over the keys of all ranks, from that over each rank's own: ``(out, lse)``, the same on each.
+
+    >>> import numpy as np
+    >>> from mpi4py import MPI
+    >>> out, lse = merge_ranks(np.ones((1, 2, 4), np.float32), np.zeros((1, 2), np.float32), MPI.COMM_SELF)
+    >>> out.shape, lse.shape
+    ((1, 2, 4), (1, 2))
+
+    out, lse
+        What ``paged_attention(…, return_lse=True)`` gave of the same queries on each rank, over the positions that this
+        one holds: with ``causal=False`` where all of them come before the queries. A sink is given to one rank alone.
+
+    All ranks call it at once; one message each, and then each merges all in the order of the ranks, by
+    :func:`~cupy_pagedkv.merge_attention_states`. On a GPU this waits for the current stream.
+    """
+    backend = backend_of(("out", "lse"), out, lse)
+    parts = [np.ascontiguousarray(backend.asnumpy(array)) for array in (out, lse)]
+    ours = np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])
+    of_all = np.empty((comm.size, len(ours)), np.uint8)
+    _collective(comm.Iallgather([ours, MPI.BYTE], [of_all, MPI.BYTE]), "result of another rank", timeout)
+    states = []
+    for row in of_all:
+        pair = row[: parts[0].nbytes].view(out.dtype), row[parts[0].nbytes :].view(np.float32)
+        states.append([backend.from_numpy(each.reshape(like.shape), out.device)
+                       for each, like in zip(pair, parts, strict=True)])  # fmt: skip
+    merged = states[0]
+    for state in states[1:]:
+        merged = list(merge_attention_states(*merged, *state))
+    return merged[0], merged[1]
+
+
+def _done(request: MPI.Request, what: str, timeout: float) -> Steps[None]:
+    """Until what all ranks take part in is done."""
+    end = time.monotonic() + timeout
+    for idle in itertools.count():
+        if request.Test():
+            return
+        if time.monotonic() > end:
+            raise TransferError(f"waited {timeout:g} s for the {what}, and it did not come")
+        yield idle
+
+
+def _collective(request: MPI.Request, what: str, timeout: float) -> None:
+    Request(_done(request, what, timeout)).wait()
+
+
 # What the two sides do.
 
 
@@ -220,6 +553,14 @@ class _Part(NamedTuple):
         """Views of the pools, with these heads, on a rank whose heads begin with ``first``."""
         heads = slice(self.first - first, self.last - first)
         return manager._cache._k_caches[..., heads, :], manager._cache._v_caches[..., heads, :]
+
+
+def _shares(num_heads: int, ranks: Sequence[int]) -> list[_Part]:
+    """The heads of each rank of a group."""
+    share, rest = divmod(at_least(1, "num_kv_heads", num_heads), max(1, len(ranks)))
+    if rest or not ranks:
+        raise ValueError(f"{num_heads} heads cannot be divided among {len(ranks)} ranks")
+    return [_Part(rank, i * share, (i + 1) * share) for i, rank in enumerate(ranks)]
 
 
 @dataclass
@@ -668,7 +1009,8 @@ class _GpuLane(_Lane):
 
     def __init__(self, pools: tuple[Any, Any], num_tokens: int, link: _Link, aware: bool) -> None:
         super().__init__(pools, num_tokens, link)
-        self._backend: Any = backend_of(("the cache",), pools[0])
+        backend: Any = backend_of(("the cache",), pools[0])
+        self._backend = backend
         self._buffers = self._make_buffers()
         self._events: list[Any] = [None] * IN_FLIGHT
         self._pinned = None if aware else [self._backend.empty_pinned(self._num_bytes) for _ in range(IN_FLIGHT)]
@@ -734,6 +1076,10 @@ def _salt_of(manager: KVCacheManager, sequence: CachedSequence) -> list[Any]:
     """Type and value, as JSON can have it."""
     root = sequence._run.at(0)
     [salt] = [salt for (_, salt), of_salt in manager._pool._roots.items() if of_salt is root]
+    return _as_json(salt)
+
+
+def _as_json(salt: Salt) -> list[Any]:
     name, value = type(salt).__name__, salt.hex() if isinstance(salt, bytes) else salt
     if type(salt) not in (str, bytes, int, bool, type(None)):
         raise ValueError(f"a salt that travels must be a str, bytes, an int or None, got a {name}")

@@ -23,7 +23,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-SCENARIOS: dict[int, list[str]] = {1: [], 2: [], 4: []}
+SCENARIOS: dict[int, list[str]] = {1: [], 2: [], 4: [], 6: []}
 """By how many ranks they are for."""
 DEADLY: list[str] = []
 """Those of two ranks of which one does not live to see the end: each needs a launch of its own."""
@@ -141,13 +141,26 @@ def raises(kind: type[BaseException], pattern: str) -> Iterator[None]:
 
 
 class Counted:
-    """A communicator that counts the messages which are sent by their tag, of a transfer as an offset, and bytes."""
+    """A communicator that counts messages and bytes that go out, by what they are; of collectives what a rank gives."""
 
     def __init__(self, comm: Any) -> None:
         self.comm, self.messages, self.bytes = comm, Counter(), Counter()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.comm, name)
+
+    def Dup(self) -> "Counted":  # noqa: N802
+        return self
+
+    def Ibcast(self, buffer: Any) -> Any:  # noqa: N802
+        self.messages["step"] += 1
+        self.bytes["step"] += len(buffer[0])
+        return self.comm.Ibcast(buffer, 0)
+
+    def Iallgather(self, ours: Any, of_all: Any) -> Any:  # noqa: N802
+        self.messages["gathered"] += 1
+        self.bytes["gathered"] += len(ours[0]) if isinstance(ours, list) else ours.nbytes
+        return self.comm.Iallgather(ours, of_all)
 
     def Isend(self, buffer: Any, dest: int, tag: int) -> Any:  # noqa: N802
         kind = "offer" if tag == mpi._OFFERS else ("to receiver", "to sender", "data")[(tag - mpi._OFFERS - 1) % 3]
@@ -674,6 +687,331 @@ def a_request_that_is_cancelled() -> None:
     transfer_works()
 
 
+# Heads over the ranks of a group.
+
+HEADS = 4
+
+
+def a_group(comm: Any, *, num_heads: int = HEADS, **options: Any) -> Any:
+    sizes = {name: options.pop(name) for name in ("layers", "num_blocks", "block_size") if name in options}
+    cache = a_manager(heads=num_heads // comm.size, **sizes)._cache
+    return mpi.GroupManager(cache, comm, num_heads, **options)
+
+
+def heads_of(group: Any) -> dict[str, Any]:
+    return {"heads": slice(group._share.first, group._share.last), "num_heads": group._num_heads}
+
+
+def run_layers(group: Any, batch: Any) -> None:
+    """K and V of the new tokens, of this rank's heads."""
+    new = batch._new
+    for i, sequence in enumerate(batch.sequences):
+        mine = new.index == i
+        known = tokens_of(group, sequence)
+        tokens = [*known, *new.tokens[mine]]
+        kv = kv_of(group._cache, None, tokens, **heads_of(group))[:, :, len(known) :]
+        group._cache.update_all(*kv, batch.slot_mapping[: batch.num_tokens][mine])
+
+
+def tokens_of(group: Any, sequence: Any) -> list[int]:
+    """Of one in an open batch, too."""
+    full, begun = divmod(sequence.num_tokens, group._block_size)
+    blocks = [group._pool.tokens_at(sequence._run, column) for column in range(full)]
+    return [int(token) for block in (*blocks, group._rows.tail(sequence._row)[:begun]) for token in block]
+
+
+def check_group(group: Any) -> None:
+    """That all managers of a group are equal, and that all K and V are right."""
+    group.check_integrity()
+    state = [repr(group.stats())]
+    for sequence in sorted(group.sequences, key=lambda each: each._row):
+        tokens = tokens_of(group, sequence)
+        state.append(f"{sequence!r} {tokens} {sequence.remaining}")
+        keys, values = group._cache.gather_all(sequence.block_table[None], [len(tokens)])
+        expected = kv_of(group._cache, None, tokens, **heads_of(group))
+        assert same(keys, expected[0]), sequence
+        assert same(values, expected[1]), sequence
+    digest = np.frombuffer(hashlib.blake2b("\n".join(state).encode()).digest(), np.uint8)
+    of_all = np.zeros((group._comm.size, len(digest)), np.uint8)
+    group._comm.Allgather(digest, of_all)
+    assert (of_all == digest).all()
+
+
+@scenario(1, 2, 4)
+def all_managers_of_a_group_stay_equal() -> None:
+    """Whatever rank 0 does: it runs out of blocks, evicts, shares, forks, truncates, rolls back, drafts and frees."""
+    comm = Counted(WORLD)
+    group = a_group(comm, num_blocks=24, host_blocks=8)
+    steps = 0
+    if RANK == 0:
+        rng = np.random.default_rng(0)
+        while steps < 60:
+            living = sorted(group.sequences, key=lambda each: each._row)
+            deed = rng.integers(10)
+            if deed < 3 and len(living) < 8:
+                group.add([int(rng.integers(2)), *range(rng.integers(1, 40))])
+            elif deed == 3 and living:
+                group.free(living[rng.integers(len(living))])
+            elif deed == 4 and living and len(living) < 8:
+                living[rng.integers(len(living))].fork()
+            elif deed == 5 and living:
+                sequence = living[rng.integers(len(living))]
+                sequence.truncate(int(rng.integers(sequence.num_tokens + 1)))
+            elif deed == 6 and living:
+                with contextlib.suppress(OutOfBlocksError):
+                    living[rng.integers(len(living))].offload()
+            elif living:
+                chosen = [each for each in living if rng.random() < 0.7]
+                new = {each: [*each.remaining[: rng.integers(20)]] or [7] * rng.integers(1, 3) for each in chosen}
+                try:
+                    batch = group.prepare(new)
+                except OutOfBlocksError:
+                    group.free(living[0])
+                    continue
+                steps += 1
+                run_layers(group, batch)
+                if rng.random() < 0.2:
+                    group.rollback(batch)
+                elif rng.random() < 0.3:
+                    group.commit(batch, {each: len(new[each]) // 2 for each in chosen[:2]})
+                else:
+                    with batch:
+                        pass
+        stats = group.stats()
+        assert all((stats.evictions, stats.copies, stats.restored, stats.hits)), stats
+        for sequence in group.sequences:
+            if sequence.num_host_blocks:
+                group.free(sequence)
+        group.close()
+        steps += 1
+    else:
+        while (batch := group.follow()) is not None:
+            steps += 1
+            run_layers(group, batch)
+        steps += 1
+    assert comm.messages["step"] == steps, (comm.messages, steps)
+    assert comm.bytes["step"] == steps * mpi.STEP_BYTES
+    check_group(group)
+
+
+@scenario(2)
+def a_long_prompt_takes_a_second_message() -> None:
+    comm = Counted(WORLD)
+    group = a_group(comm, num_blocks=1000)
+    if RANK == 0:
+        with group.add(range(3000)) as sequence, group.prepare({sequence: sequence.remaining}) as batch:
+            run_layers(group, batch)
+        buffers = group.buffers(2, 8, 800)
+        sequence = group.add([*range(2999), 1], salt=b"x")
+        assert sequence.num_cached_tokens == 0
+        again = group.add([*range(2999), 1])
+        assert again.num_cached_tokens == 2996
+        batch = group.prepare({again: again.remaining}, buffers=buffers)
+        run_layers(group, batch)
+        group.commit(batch)
+        group.close()
+    else:
+        run_layers(group, group.follow())
+        buffers = group.buffers(2, 8, 800)
+        batch = group.follow(buffers=buffers)
+        assert batch.slot_mapping is buffers.slot_mapping
+        run_layers(group, batch)
+        assert group.follow() is None
+    assert comm.messages["step"] == 3 + 2
+    check_group(group)
+
+
+@scenario(2)
+def what_a_group_refuses() -> None:
+    for heads, text in ((3, "3 heads cannot be divided among 2 ranks"), (1, "1 heads cannot"),
+                        (8, "each of 2 ranks has 4 of 8 heads, but the cache has 2")):  # fmt: skip
+        with raises(ValueError, text):
+            mpi.GroupManager(a_manager()._cache, WORLD, heads)
+    group = a_group(WORLD, timeout=0.3)
+    if RANK == 0:
+        with raises(ValueError, "rank 0 does not follow"):
+            group.follow()
+        sequence = group.add([1])
+        for call in (lambda: group.send(sequence, [1]), lambda: group.recv([1])):
+            with raises(ValueError, "other groups are not known"):
+                call()
+        for dests in ([], [0, 1, 2]):
+            with raises(ValueError, f"4 heads cannot be divided among {len(dests)} ranks"):
+                group.send(sequence, dests)
+    else:
+        with raises(ValueError, "rank 0 decides, and the other ranks follow"):
+            group.add([1])
+        assert not group.sequences
+    WORLD.Barrier()
+    group = a_group(WORLD, timeout=0.3)
+    if RANK == 1:
+        with raises(mpi.TransferError, "waited 0.3 s for the step of rank 0, and it did not come"):
+            group.follow()
+    WORLD.Barrier()
+    group = a_group(WORLD)
+    if RANK == 1:  # a rank whose manager goes astray
+        mpi.KVCacheManager.prepare(group, {mpi.KVCacheManager.add(group, [5]): [5]})
+    with devices_debug(), raises(mpi.TransferError, "the managers of the group differ"):
+        if RANK == 0:
+            group.prepare({group.add([1, 2]): [1, 2]})
+        else:
+            group.follow()
+    group = a_group(WORLD)
+    with changed(mpi, VERSION=RANK + 1):
+        if RANK == 0:
+            group.close()
+        else:
+            with raises(mpi.TransferError, "rank 0 speaks version 1 of the protocol, and this is 2"):
+                group.follow()
+
+
+def devices_debug() -> Any:
+    return changed(mpi.devices, DEBUG=True)
+
+
+def moves(sizes: tuple[int, int], num_heads: int) -> None:
+    """A sequence from the first ranks of all to the next ones, and some of it back."""
+    first, second = sizes
+    ranks = range(first), range(first, first + second)
+    mine = int(RANK >= first) + int(RANK >= first + second)
+    comm = WORLD.Split(mine, RANK)
+    if mine == 2:
+        WORLD.Barrier()
+        return
+    tokens, more = [*range(30)], [*range(30), 5, 6, 7]
+    counted = Counted(ELSEWHERE)
+    group = a_group(comm, num_heads=num_heads, world=counted, block_size=4 if mine else 8)
+    with small_pieces():
+        if comm.rank == 0:
+            if mine == 0:
+                sequence = group.add(tokens)
+                with group.prepare({sequence: sequence.remaining[:25]}) as batch:
+                    run_layers(group, batch)
+                group.send(sequence, ranks[1])
+                back = group.recv(ranks[1])
+                assert back.num_cached_tokens == 24
+                assert tokens_of(group, back) == more
+            else:
+                sequence = group.recv(ranks[0])
+                assert sequence.remaining.tolist() == tokens[25:]
+                assert tokens_of(group, sequence) == tokens[:25]
+                with group.prepare({sequence: more[25:]}) as batch:
+                    run_layers(group, batch)
+                group.send(sequence, ranks[0])
+            group.close()
+        else:
+            while (batch := group.follow()) is not None:
+                run_layers(group, batch)
+    check_group(group)
+    # Each rank speaks with those whose share overlaps its own; all bytes of K and V go once.
+    theirs = num_heads // sizes[1 - mine]
+    overlapping = {head // theirs for head in range(group._share.first, group._share.last)}
+    assert counted.messages["offer"] == len(overlapping)
+    row = 2 * 2 * 3 * 2 * (group._share.last - group._share.first)
+    assert counted.bytes["data"] == row * (25 if mine == 0 else 33 - 24)
+    WORLD.Barrier()
+
+
+@scenario(4)
+def heads_are_cut_anew_among_four() -> None:
+    for sizes in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3), (1, 1)):
+        moves(sizes, 12)
+
+
+@scenario(6)
+def heads_are_cut_anew_among_six() -> None:
+    for sizes in ((2, 4), (4, 1), (4, 2), (2, 3), (3, 2)):
+        moves(sizes, 12)
+
+
+@scenario(4)
+def a_group_gets_a_sequence_on_all_ranks_or_on_none() -> None:
+    """One rank of it fails in the middle, and then another try succeeds."""
+    mine = int(RANK > 0)
+    comm = WORLD.Split(mine, RANK)
+    if RANK == 0:
+        manager = a_manager(heads=6)
+        sequence = a_sequence(manager, range(30))
+        for attempt in range(2):
+            parts = [mpi._Part(1 + i, 2 * i, 2 * i + 2) for i in range(3)]
+            steps = mpi._sending(manager, sequence, ELSEWHERE, parts, 6, 60.0, None)
+            if attempt == 0:
+                with small_pieces(), nothing_changes(manager), raises(mpi.TransferError, r"rank \d gave up: "):
+                    mpi.Request(steps).wait()
+            else:
+                mpi.Request(steps).wait()
+    else:
+        group = a_group(comm, num_heads=6, world=ELSEWHERE)
+        usual, calls = mpi._Lane.received, itertools.count()
+
+        def received(lane: Any, i: int, slots: Any) -> Any:
+            yield from usual(lane, i, slots)
+            if next(calls) == 2:
+                raise mpi.TransferError("a cosmic ray")
+
+        with nothing_changes(group), changed(mpi._Lane, received=received if RANK == 2 else usual):
+            text = "a cosmic ray" if RANK == 2 else "another rank of this group failed|gave up: .*cosmic ray"
+            with raises(mpi.TransferError, text):
+                group.recv([0]) if comm.rank == 0 else group.follow()
+        check_group(group)
+        if comm.rank == 0:
+            sequence = group.recv([0])
+            assert tokens_of(group, sequence) == [*range(30)]
+            group.close()
+        else:
+            assert group.follow() is None
+        check_group(group)
+
+
+# One sequence over ranks.
+
+
+@scenario(1, 2, 4)
+def attention_over_all_ranks_is_that_of_one() -> None:
+    """Each has a stretch of the positions; the last one has those of the queries."""
+    rng = np.random.default_rng(0)  # the same on all ranks
+    length, new, heads, kv_heads, dim = 301, 7, 4, 2, 16
+    key, value = rng.standard_normal((2, length, kv_heads, dim)).astype(np.float32)
+    query = rng.standard_normal((new, heads, dim)).astype(np.float32)
+    bounds = [*np.linspace(0, length - new, SIZE + 1).astype(int)[:-1].tolist(), length]
+    bounds[-2] = min(bounds[-2], length - new)
+    sinks = rng.standard_normal(heads).astype(np.float32)
+
+    def attend(first: int, last: int, **options: Any) -> Any:
+        manager = a_manager(layers=1, num_blocks=40, block_size=8, heads=kv_heads, dim=dim, dtype="float32")
+        sequence = manager.add(range(first, last), salt=first)  # others must not share what stands elsewhere
+        with manager.prepare({sequence: sequence.remaining}) as batch:
+            manager._cache[0].update(key[first:last], value[first:last], batch.slot_mapping)
+        return manager._cache[0].attend(
+            query, batch.block_tables, batch.seq_lens, [0, new], return_lse=True, **options
+        )  # fmt: skip
+
+    for with_sinks in (False, True):
+        is_last = RANK == SIZE - 1
+        first_sinks = sinks if with_sinks else None
+        ours = attend(bounds[RANK], bounds[RANK + 1], causal=is_last, sinks=first_sinks if RANK == 0 else None)
+        comm = Counted(WORLD)
+        out, lse = mpi.merge_ranks(*ours, comm)
+        assert comm.messages == {"gathered": 1}
+        assert comm.bytes["gathered"] == 4 * new * heads * (dim + 1)
+        expected_out, expected_lse = attend(0, length, sinks=first_sinks)
+        # Sums of 301 terms of float32, of which each is rounded: far below 301 * 2**-24 of values up to 4.
+        assert abs(out - expected_out).max() < 3e-6, abs(out - expected_out).max()
+        assert abs(lse - expected_lse).max() < 3e-6
+        on_all = np.zeros((SIZE, *out.shape), np.float32)
+        WORLD.Allgather(out, on_all)
+        assert (on_all == out).all()
+
+
+@scenario(2)
+def a_rank_that_does_not_take_part() -> None:
+    if RANK == 0:
+        ours = np.ones((1, 1, 4), np.float16), np.zeros((1, 1), np.float32)
+        with raises(mpi.TransferError, "waited 0.2 s for the result of another rank"):
+            mpi.merge_ranks(*ours, ASIDE, timeout=0.2)
+    WORLD.Barrier()
+
+
 # Two ranks, of which one dies.
 
 
@@ -750,5 +1088,5 @@ def main(names: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
-    ELSEWHERE = WORLD.Dup()
+    ELSEWHERE, ASIDE = WORLD.Dup(), WORLD.Dup()
     main(sys.argv[1:])
