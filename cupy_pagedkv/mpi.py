@@ -276,15 +276,17 @@ class GroupManager(KVCacheManager):
         self._is_silent = False
 
     def add(self, tokens: Tokens, *, salt: Salt = None) -> CachedSequence:
+        tells = self._tells()
         sequence = super().add(tokens, salt=salt)
-        if self._tells():
+        if tells:
             self._tell("add", _as_json(salt), numbers=[np.asarray(tokens, np.int32)])
         self._name(sequence)
         return sequence
 
     def prepare(self, new_tokens: Mapping[CachedSequence, Tokens], *, buffers: BatchBuffers | None = None) -> Batch:
+        tells = self._tells()
         batch = super().prepare(new_tokens, buffers=buffers)
-        if self._tells():
+        if tells:
             names = np.array([self._told[sequence] for sequence in batch.sequences], np.int32)
             self._tell("prepare", numbers=[names, batch._new.counts.astype(np.int32), batch._new.tokens])
             self._send_calls()
@@ -294,45 +296,52 @@ class GroupManager(KVCacheManager):
         return batch
 
     def commit(self, batch: Batch, accepted: Mapping[CachedSequence, int] | None = None) -> None:
+        tells = self._tells()
         super().commit(batch, accepted)
-        if self._tells():
+        if tells:
             some = {} if accepted is None else accepted
             kept = [[self._told[sequence] for sequence in some], list(some.values())]
             self._tell("commit", self._told[batch], numbers=list(np.array(kept, np.int32)))
         self._forget(batch)
 
     def rollback(self, batch: Batch) -> None:
+        tells = self._tells()
         super().rollback(batch)
-        if self._tells() and batch in self._told:
+        if tells and batch in self._told:
             self._tell("rollback", self._told[batch])
         self._forget(batch)
 
     def free(self, sequence: CachedSequence) -> None:
+        tells = self._tells()
         super().free(sequence)
-        if self._tells() and sequence in self._told:  # or it never came
+        if tells and sequence in self._told:  # or it never came
             self._tell("free", self._told[sequence])
         self._forget(sequence)
 
     def reset_prefix_cache(self) -> None:
+        tells = self._tells()
         super().reset_prefix_cache()
-        if self._tells():
+        if tells:
             self._tell("reset")
 
     def _fork(self, sequence: CachedSequence) -> CachedSequence:
+        tells = self._tells()
         fork = super()._fork(sequence)
-        if self._tells():
+        if tells:
             self._tell("fork", self._told[sequence])
         self._name(fork)
         return fork
 
     def _offload(self, sequence: CachedSequence) -> None:
+        tells = self._tells()
         super()._offload(sequence)
-        if self._tells():
+        if tells:
             self._tell("offload", self._told[sequence])
 
     def _truncate(self, sequence: CachedSequence, num_tokens: int) -> None:
+        tells = self._tells()
         super()._truncate(sequence, num_tokens)
-        if self._tells():
+        if tells:
             self._tell("truncate", self._told[sequence], num_tokens)
 
     def send(self, sequence: CachedSequence, dests: Sequence[int], *, gpu_aware: bool | None = None) -> None:
@@ -343,8 +352,8 @@ class GroupManager(KVCacheManager):
             rank that has some of them. Raises ``ValueError`` for as many as the heads cannot be divided among, and
             otherwise as :func:`send` does.
         """
-        parts = self._overlaps(dests)
-        if self._tells():
+        parts, tells = self._overlaps(dests), self._tells()
+        if tells:
             self._row_of(sequence)
             self._tell("send", self._told[sequence], list(dests), gpu_aware)
             self._send_calls()
@@ -353,8 +362,8 @@ class GroupManager(KVCacheManager):
     def recv(self, sources: Sequence[int], *, gpu_aware: bool | None = None) -> CachedSequence:
         """A sequence that another group sends, or one rank, on all ranks of this one or, if any of them fails, on none:
         see :meth:`send`, and :func:`recv`."""
-        parts = self._overlaps(sources)
-        if self._tells():
+        parts, tells = self._overlaps(sources), self._tells()
+        if tells:
             self._tell("recv", list(sources), gpu_aware)
             self._send_calls()
         args = self._others(), parts, self._num_heads, self._timeout, gpu_aware, self._agree
