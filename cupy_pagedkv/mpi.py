@@ -352,21 +352,21 @@ class GroupManager(KVCacheManager):
             rank that has some of them. Raises ``ValueError`` for as many as the heads cannot be divided among, and
             otherwise as :func:`send` does.
         """
-        parts, tells = self._overlaps(dests), self._tells()
+        world, parts, tells = self._others(), self._overlaps(dests), self._tells()
         if tells:
             self._row_of(sequence)
             self._tell("send", self._told[sequence], list(dests), gpu_aware)
             self._send_calls()
-        self._transfer(_sending(self, sequence, self._others(), parts, self._num_heads, self._timeout, gpu_aware))
+        self._transfer(_sending(self, sequence, world, parts, self._num_heads, self._timeout, gpu_aware))
 
     def recv(self, sources: Sequence[int], *, gpu_aware: bool | None = None) -> CachedSequence:
         """A sequence that another group sends, or one rank, on all ranks of this one or, if any of them fails, on none:
         see :meth:`send`, and :func:`recv`."""
-        parts, tells = self._overlaps(sources), self._tells()
+        world, parts, tells = self._others(), self._overlaps(sources), self._tells()
         if tells:
             self._tell("recv", list(sources), gpu_aware)
             self._send_calls()
-        args = self._others(), parts, self._num_heads, self._timeout, gpu_aware, self._agree
+        args = world, parts, self._num_heads, self._timeout, gpu_aware, self._agree
         sequence: CachedSequence = self._transfer(_receiving(self, *args))
         self._name(sequence)
         return sequence

@@ -846,6 +846,8 @@ def what_a_group_refuses() -> None:
         for call in (lambda: group.send(sequence, [1]), lambda: group.recv([1])):
             with raises(ValueError, "other groups are not known"):
                 call()
+        group = a_group(ALONE, world=WORLD)
+        sequence = group.add([1])
         for dests in ([], [0, 1, 2]):
             with raises(ValueError, f"4 heads cannot be divided among {len(dests)} ranks"):
                 group.send(sequence, dests)
@@ -1099,5 +1101,5 @@ def main(names: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
-    ELSEWHERE, ASIDE = WORLD.Dup(), WORLD.Dup()
+    ELSEWHERE, ASIDE, ALONE = WORLD.Dup(), WORLD.Dup(), MPI.COMM_SELF
     main(sys.argv[1:])
