@@ -6,12 +6,14 @@
     python bench.py manager                     the host's work for many sequences
     python bench.py attention                   attention over the block tables
     python bench.py hf                          generate of a Hugging Face model, where transformers is installed
+    python bench.py mpi                         between two ranks, which it launches, where mpi4py is installed
     python bench.py --kernels                   what the compiler makes of the kernels and what they move, with no GPU
 
 PyTorch, Triton and xxhash compete where they are installed. What is measured, and how, is in benchmarks/.
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import mpi as ranks
 from benchmarks.attention import cases as attention_cases
 from benchmarks.attention import measure_attention
 from benchmarks.cases import BLOCK_SIZE, OPERATIONS, SHAPES, TOKENS, Case
@@ -44,7 +47,7 @@ from cupy_pagedkv.devices import backend
 from cupy_pagedkv.devices.cuda_backend import CudaBackend
 from cupy_pagedkv.emulator import nvrtc
 
-MANAGER, ATTENTION, HF = "manager", "attention", "hf"
+MANAGER, ATTENTION, HF, MPI = "manager", "attention", "hf", "mpi"
 
 
 def parser_of_arguments() -> argparse.ArgumentParser:
@@ -53,8 +56,8 @@ def parser_of_arguments() -> argparse.ArgumentParser:
     add(
         "kernel",
         nargs="?",
-        choices=(*KERNELS, MANAGER, ATTENTION, HF),
-        help="only what runs this kernel, or the bookkeeping alone, or attention or generate, which nothing else runs",
+        choices=(*KERNELS, MANAGER, ATTENTION, HF, MPI),
+        help="only what runs this kernel, or the bookkeeping alone, or attention, generate or ranks, which nothing else runs",
     )
     add("--device", choices=["cpu", "cuda"], help="by default a GPU where there is one")
     add("--only", nargs="+", default=[], metavar="TEXT", help="rows with all of these words in their name, such as "
@@ -124,10 +127,29 @@ def run_hf(parser: argparse.ArgumentParser, options: argparse.Namespace, place: 
     return 0
 
 
+def run_mpi(parser: argparse.ArgumentParser, options: argparse.Namespace, place: Any) -> int:
+    if options.only:
+        parser.error(f"{MPI} has no rows to choose from by --only")
+    if place.name != "numpy":
+        parser.error(f"{MPI} measures on the host, got {place.name}: --device cpu")
+    if importlib.util.find_spec("mpi4py") is None or ranks.MPIEXEC is None:
+        parser.error("mpi4py or mpiexec is not installed: pip install -e '.[mpi]'")
+    facts = machine(place.name, np)
+    print(", ".join(f"{name} {fact}" for name, fact in facts.items()) + "\n")
+    measured = ranks.travels(options.quick)
+    for line in (*ranks.travel_lines(measured), "", *ranks.travel_bars(measured)):
+        print(line)
+    if options.json:
+        Path(options.json).write_text(
+            json.dumps({"machine": facts, MPI: [asdict(each) for each in measured]}, indent=1)
+        )
+    return 0
+
+
 def main() -> int:
     parser = parser_of_arguments()
     options = parser.parse_args()
-    if (options.watch or options.kernels) and options.kernel in (MANAGER, ATTENTION, HF):
+    if (options.watch or options.kernels) and options.kernel in (MANAGER, ATTENTION, HF, MPI):
         parser.error(f"{options.kernel} is no kernel")
     if options.watch and options.kernel is None:
         parser.error(f"--watch needs the kernel: {' or '.join(KERNELS)}")
@@ -158,6 +180,8 @@ def main() -> int:
         return run_attention(parser, options, place.name, xp)
     if options.kernel == HF:
         return run_hf(parser, options, place)
+    if options.kernel == MPI:
+        return run_mpi(parser, options, place)
 
     cases = [
         Case(operation, *shape, tokens)

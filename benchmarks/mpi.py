@@ -21,6 +21,7 @@ from .cases import BLOCK_SIZE, OURS
 from .output import bar
 
 MPI_OWN = "MPI's own"
+MPIEXEC = shutil.which("mpiexec", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,7 @@ class Travel:
 
 def travels(quick: bool) -> list[Travel]:
     """Launches two ranks, and returns what they measured."""
-    mpiexec = shutil.which("mpiexec", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])))
-    if mpiexec is None:
-        raise ImportError("there is no mpiexec")
-    command = [mpiexec, "-n", "2", sys.executable, "-m", "benchmarks.mpi", *(["--quick"] if quick else [])]
+    command = [str(MPIEXEC), "-n", "2", sys.executable, "-m", "benchmarks.mpi", *(["--quick"] if quick else [])]
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(
         command, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
@@ -67,20 +65,16 @@ def travel_bars(measured: list[Travel]) -> Iterator[str]:
 
 def in_turns(comm: Any, calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
     """Medians of what the calls say they took on the slower rank. All take turns."""
+    from mpi4py import MPI
+
     samples: dict[str, list[float]] = {name: [] for name in calls}
     longest = np.zeros(1)
     for _ in range(rounds):
         for name, call in calls.items():
             seconds = np.array([call()])
-            comm.Allreduce(seconds, longest, op=_max())
+            comm.Allreduce(seconds, longest, op=MPI.MAX)
             samples[name].append(longest.item())
     return {name: statistics.median(times) for name, times in samples.items()}
-
-
-def _max() -> Any:
-    from mpi4py import MPI
-
-    return MPI.MAX
 
 
 def a_sequence_travels(comm: Any, quick: bool) -> Travel:
@@ -140,8 +134,8 @@ def a_sequence_travels(comm: Any, quick: bool) -> Travel:
 
 
 def a_step_of_a_group(comm: Any, quick: bool) -> Travel:
-    """256 sequences of some 1,000 tokens, a token more each: what it costs that the other rank gets the step too, beyond
-    what both do alone, against a broadcast of as many bytes as the arrays of the batch have."""
+    """256 sequences of 1,000 tokens, a token more each: what it takes longer on the slower of two ranks of a group than
+    on two that prepare it for themselves, against a broadcast of as many bytes as the arrays of the batch have."""
     from cupy_pagedkv import KVCacheManager, LayeredPagedKVCache
     from cupy_pagedkv.mpi import GroupManager
 

@@ -65,7 +65,7 @@ __all__ = ["GroupManager", "Request", "TransferError", "gpu_aware", "irecv", "is
 VERSION = 1
 """Of the messages. Both sides must have the same."""
 
-PIECE_BYTES = 2**23
+PIECE_BYTES = 2**24
 """Of K and V in a message, at most, if that is a token."""
 
 STEP_BYTES = 2**13
