@@ -57,7 +57,7 @@ def parser_of_arguments() -> argparse.ArgumentParser:
         "kernel",
         nargs="?",
         choices=(*KERNELS, MANAGER, ATTENTION, HF, MPI),
-        help="only what runs this kernel, or the bookkeeping alone, or attention, generate or ranks, which nothing else runs",
+        help="only what runs this kernel, or the bookkeeping; or attention, generate or ranks, which nothing else runs",
     )
     add("--device", choices=["cpu", "cuda"], help="by default a GPU where there is one")
     add("--only", nargs="+", default=[], metavar="TEXT", help="rows with all of these words in their name, such as "

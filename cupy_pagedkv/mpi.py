@@ -632,7 +632,7 @@ def _sending(
             piece = _tokens_of_a_piece(pools)
             offer = _Offer(**asdict(kind), first=part.first, last=part.last, num_tokens=len(tokens),
                            num_remaining=len(remaining), piece=piece, salt=salt)  # fmt: skip
-            body = json.dumps(asdict(offer)).encode() + b"\n" + tokens.tobytes() + remaining.tobytes()
+            body = json.dumps(asdict(offer)).encode().ljust(255) + b"\n" + tokens.tobytes() + remaining.tobytes()
             with _link(comm, part.rank, timeout, next(_numbers), _TO_RECEIVER) as link:
                 link.say(_OFFER, body)
                 found = yield from link.hear(_FOUND, "answer")

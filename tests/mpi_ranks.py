@@ -1016,6 +1016,81 @@ def attention_over_all_ranks_is_that_of_one() -> None:
         assert (on_all == out).all()
 
 
+@scenario(1, 2, 4)
+def the_formulas_of_the_page() -> None:
+    """Those of docs/scale.md, against what all ranks send."""
+    page = (Path(__file__).parents[1] / "docs" / "scale.md").read_text()
+    [lines] = [text for text in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S) if "def transfer" in text]
+    formulas: dict[str, Any] = {}
+    with contextlib.redirect_stdout(None):
+        exec(lines, formulas)
+    assert (formulas["STEP"], formulas["PIECE"]) == (mpi.STEP_BYTES, mpi.PIECE_BYTES)
+
+    def of_all(comm: Counted) -> tuple[int, int]:
+        ours, total = np.array([sum(comm.messages.values()), sum(comm.bytes.values())]), np.zeros(2, int)
+        WORLD.Allreduce(ours, total)
+        return int(total[0]), int(total[1])
+
+    for tokens, found, piece in ((0, 0, 400), (5, 0, 400), (70, 0, 400), (70, 40, 400), (3000, 0, 10**4), (64, 64, 1)):
+        comm = Counted(WORLD)
+        here, there = (a_manager(num_blocks=800, heads=12) for _ in range(2))
+        sequence = a_sequence(here, range(tokens))
+        there.free(a_sequence(there, range(found)))
+        with small_pieces(piece):
+            requests = [mpi.isend(here, sequence, comm, SIZE - 1)] if RANK == 0 else []
+            requests += [mpi.irecv(there, comm, 0)] if RANK == SIZE - 1 else []
+            while sum(request.test() for request in requests) < len(requests):
+                pass
+        assert of_all(comm) == formulas["transfer"](2, 12, 3, 2, tokens, found, piece=piece)
+
+    for sources, dests in ((1, 1), (1, 3), (3, 1), (2, 2), (1, 2), (2, 1)):
+        if sources + dests > SIZE:
+            continue
+        comm, mine = Counted(WORLD), [*[0] * sources, *[1] * dests, *[2] * SIZE][RANK]
+        of_group = WORLD.Split(mine, RANK)
+        if mine < 2:
+            ranks = (range(sources, sources + dests), range(sources))[mine]
+            group = a_group(of_group, num_heads=12, num_blocks=800, world=comm)
+            with small_pieces(10**4):
+                if of_group.rank:
+                    while (batch := group.follow()) is not None:
+                        run_layers(group, batch)
+                elif mine:
+                    group.recv(ranks)
+                else:
+                    sequence = group.add(range(2000))
+                    with group.prepare({sequence: sequence.remaining}) as batch:
+                        run_layers(group, batch)
+                    group.send(sequence, ranks)
+                if of_group.rank == 0:
+                    group.close()
+            check_group(group)
+        expected = formulas["transfer"](2, 12, 3, 2, 2000, sources=sources, dests=dests, piece=10**4)
+        assert of_all(comm) == expected, (of_all(comm), expected, sources, dests)
+
+    comm = Counted(WORLD)
+    group = a_group(comm, num_blocks=2000)
+    for num_seqs, length in ((1, 3), (256, 1), (256, 9)):
+        sequences = [group.add([]) for _ in range(num_seqs)] if RANK == 0 else []
+        for new in ([], range(length)):  # those who are added are in the message of the first step
+            comm.messages.clear()
+            comm.bytes.clear()
+            if RANK == 0:
+                group.rollback(group.prepare(dict.fromkeys(sequences, new)))
+            else:
+                group.follow()
+        messages, num_bytes = formulas["step"](SIZE, num_seqs, num_seqs * length)
+        others = SIZE - 1
+        assert comm.messages["step"] * others == messages
+        assert 0 <= num_bytes - comm.bytes["step"] * others <= (100 * others if num_bytes > 8192 * others else 0)
+
+    comm, out, lse = Counted(WORLD), np.zeros((5, 4, 8), np.float16), np.zeros((5, 4), np.float32)
+    for _ in range(3):
+        mpi.merge_ranks(out, lse, comm)
+    messages, num_bytes = of_all(comm)
+    assert (messages * (SIZE - 1), num_bytes * (SIZE - 1)) == formulas["context"](SIZE, 3, 5, 4, 8, 2)
+
+
 @scenario(2)
 def a_rank_that_does_not_take_part() -> None:
     if RANK == 0:

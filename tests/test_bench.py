@@ -290,7 +290,7 @@ def test_an_admission_that_does_not_evict_is_found(monkeypatch):
 
 
 def test_ranks_that_are_launched(tmp_path):
-    pytest.importorskip("mpi4py.rc", reason="mpi4py is not installed: pip install -e '.[mpi]'")
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed: pip install -e '.[mpi]'")
     if mpi.MPIEXEC is None:
         pytest.skip("there is no mpiexec to launch ranks with: pip install -e '.[mpi]'")
     text = run("mpi", "--quick", f"--json={tmp_path / 'out.json'}", "--device=cpu")

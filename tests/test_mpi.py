@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,3 +53,13 @@ def test_ranks(ranks, name):
 @pytest.mark.parametrize("name", mpi_ranks.DEADLY)
 def test_a_rank_dies(name):
     check(launch(2, name), name)
+
+
+def test_the_example_of_the_page_prints_what_stands_below_it(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "scale.md").read_text()
+    [(source, output)] = re.findall(r"^```text\n(.*?)^```\n\n```\n(.*?)^```$", page, re.M | re.S)
+    script = tmp_path / "prefill_decode.py"
+    script.write_text(source)
+    command = [str(MPIEXEC), "-n", "2", sys.executable, "-W", "error", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == output

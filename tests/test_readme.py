@@ -37,7 +37,13 @@ def test_an_example_prints_what_stands_below_it(page, at):
 
 
 def test_there_are_examples():
-    assert {page for page, _ in EXAMPLES} == {"README.md", "attention.md", "clients.md", "many-sequences.md"}
+    assert {page for page, _ in EXAMPLES} == {
+        "README.md",
+        "attention.md",
+        "clients.md",
+        "many-sequences.md",
+        "scale.md",
+    }
 
 
 def test_the_readme_is_short():
