@@ -48,11 +48,12 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
+from .bookkeeping.allocator import OutOfBlocksError
 from .bookkeeping.arguments import at_least
 from .bookkeeping.pool import Salt
 from .caches.batch import Batch, BatchBuffers
 from .caches.cache import LayeredPagedKVCache
-from .caches.manager import KVCacheManager, Tokens
+from .caches.manager import KVCacheManager, Tokens, _joined
 from .caches.sequence import CachedSequence
 from .devices import backend as devices
 from .devices.backend import backend_of
@@ -284,12 +285,12 @@ class GroupManager(KVCacheManager):
         return sequence
 
     def prepare(self, new_tokens: Mapping[CachedSequence, Tokens], *, buffers: BatchBuffers | None = None) -> Batch:
-        tells = self._tells()
+        if self._tells() and isinstance(new_tokens, Mapping) and new_tokens.keys() <= self._told.keys():
+            counts, tokens = _joined(list(new_tokens.values()))
+            names = np.fromiter(map(self._told.__getitem__, new_tokens), np.int32, len(new_tokens))
+            self._tell("prepare", numbers=[names, counts.astype(np.int32), tokens])
+            self._send_calls()  # first, so that all ranks prepare at once; and if it fails, it fails on all
         batch = super().prepare(new_tokens, buffers=buffers)
-        if tells:
-            names = np.array([self._told[sequence] for sequence in batch.sequences], np.int32)
-            self._tell("prepare", numbers=[names, batch._new.counts.astype(np.int32), batch._new.tokens])
-            self._send_calls()
         self._name(batch)
         if devices.DEBUG and not self._is_silent:
             self._compare(batch)
@@ -386,7 +387,12 @@ class GroupManager(KVCacheManager):
                     self._hear_calls()
                 (name, values, lengths), numbers = self._calls.pop(0), self._numbers.pop(0)
                 ends = np.cumsum(lengths)[:-1].tolist()
-                result = self._replay(name, values, np.split(numbers, ends), buffers)
+                try:
+                    result = self._replay(name, values, np.split(numbers, ends), buffers)
+                except (OutOfBlocksError, ValueError):
+                    if name != "prepare":
+                        raise
+                    continue  # as on rank 0, which knows what to do now
                 if name in ("prepare", "close"):
                     return result
         finally:
@@ -399,10 +405,12 @@ class GroupManager(KVCacheManager):
 
     def _replay(self, name: str, values: list[Any], numbers: list[Any], buffers: BatchBuffers | None) -> Batch | None:
         if name == "prepare":
-            names, counts, tokens = numbers
-            sequences = [self._named[at] for at in names.tolist()]
-            new = np.split(tokens, np.cumsum(counts)[:-1]) if len(counts) else []
-            return self.prepare(dict(zip(sequences, new, strict=True)), buffers=buffers)
+            names, counts, tokens = (each.tolist() for each in numbers)
+            ends = itertools.accumulate(counts)
+            new = {
+                self._named[at]: tokens[end - count : end] for at, count, end in zip(names, counts, ends, strict=True)
+            }
+            return self.prepare(new, buffers=buffers)
         if name == "add":
             self.add(numbers[0], salt=_as_salt(values[0]))
         elif name == "commit":
