@@ -7,12 +7,14 @@
     python bench.py attention                   attention over the block tables
     python bench.py hf                          generate of a Hugging Face model, where transformers is installed
     python bench.py tiers                       host memory as a second tier, real traffic over both, and files
+    python bench.py mpi                         between two ranks, which it launches, where mpi4py is installed
     python bench.py --kernels                   what the compiler makes of the kernels and what they move, with no GPU
 
 PyTorch, Triton and xxhash compete where they are installed. What is measured, and how, is in benchmarks/.
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Iterator
@@ -23,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import mpi as ranks
 from benchmarks import tiers
 from benchmarks.attention import cases as attention_cases
 from benchmarks.attention import measure_attention
@@ -48,7 +51,7 @@ from cupy_pagedkv.devices.cuda_backend import CudaBackend
 from cupy_pagedkv.emulator import nvrtc
 from cupy_pagedkv.replay.report import Report
 
-MANAGER, ATTENTION, HF, TIERS = "manager", "attention", "hf", "tiers"
+MANAGER, ATTENTION, HF, TIERS, MPI = "manager", "attention", "hf", "tiers", "mpi"
 
 
 def parser_of_arguments() -> argparse.ArgumentParser:
@@ -57,8 +60,8 @@ def parser_of_arguments() -> argparse.ArgumentParser:
     add(
         "kernel",
         nargs="?",
-        choices=(*KERNELS, MANAGER, ATTENTION, HF, TIERS),
-        help="only what runs this kernel, or the bookkeeping alone; nothing else runs attention, generate or tiers",
+        choices=(*KERNELS, MANAGER, ATTENTION, HF, TIERS, MPI),
+        help="only what runs this kernel, or the bookkeeping; nothing else runs attention, generate, tiers or ranks",
     )
     add("--device", choices=["cpu", "cuda"], help="by default a GPU where there is one")
     add("--only", nargs="+", default=[], metavar="TEXT", help="rows with all of these words in their name, such as "
@@ -162,10 +165,29 @@ def run_tiers(parser: argparse.ArgumentParser, options: argparse.Namespace, devi
     return 0
 
 
+def run_mpi(parser: argparse.ArgumentParser, options: argparse.Namespace, place: Any) -> int:
+    if options.only:
+        parser.error(f"{MPI} has no rows to choose from by --only")
+    if place.name != "numpy":
+        parser.error(f"{MPI} measures on the host, got {place.name}: --device cpu")
+    if importlib.util.find_spec("mpi4py") is None or ranks.MPIEXEC is None:
+        parser.error("mpi4py or mpiexec is not installed: pip install -e '.[mpi]'")
+    facts = machine(place.name, np)
+    print(", ".join(f"{name} {fact}" for name, fact in facts.items()) + "\n")
+    measured = ranks.travels(options.quick)
+    for line in (*ranks.travel_lines(measured), "", *ranks.travel_bars(measured)):
+        print(line)
+    if options.json:
+        Path(options.json).write_text(
+            json.dumps({"machine": facts, MPI: [asdict(each) for each in measured]}, indent=1)
+        )
+    return 0
+
+
 def main() -> int:
     parser = parser_of_arguments()
     options = parser.parse_args()
-    if (options.watch or options.kernels) and options.kernel in (MANAGER, ATTENTION, HF, TIERS):
+    if (options.watch or options.kernels) and options.kernel in (MANAGER, ATTENTION, HF, TIERS, MPI):
         parser.error(f"{options.kernel} is no kernel")
     if options.watch and options.kernel is None:
         parser.error(f"--watch needs the kernel: {' or '.join(KERNELS)}")
@@ -198,6 +220,8 @@ def main() -> int:
         return run_hf(parser, options, place)
     if options.kernel == TIERS:
         return run_tiers(parser, options, place.name, xp)
+    if options.kernel == MPI:
+        return run_mpi(parser, options, place)
 
     cases = [
         Case(operation, *shape, tokens)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import attention, cases, chores, emulation, kernels, output, tiers, timing, traffic
+from benchmarks import attention, cases, chores, emulation, kernels, mpi, output, tiers, timing, traffic
 from cupy_pagedkv.caches.sequence import CachedSequence
 from cupy_pagedkv.devices.emulated_backend import EmulatedBackend
 from cupy_pagedkv.emulator import CompileError, RawKernel
@@ -334,6 +334,28 @@ def test_blocks_that_do_not_travel_are_found(monkeypatch):
         tiers.Evicted(2, "cpu", timer).evict()
 
 
+def test_ranks_that_are_launched(tmp_path):
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed: pip install -e '.[mpi]'")
+    if mpi.MPIEXEC is None:
+        pytest.skip("there is no mpiexec to launch ranks with: pip install -e '.[mpi]'")
+    text = run("mpi", "--quick", f"--json={tmp_path / 'out.json'}", "--device=cpu")
+    bars = [line.partition(":")[0][7:] for line in text.splitlines() if line.startswith(("met", "MISSED"))]
+    assert bars == [
+        "a sequence of 1024 tokens >= 0.7 of MPI's own", "a batch of 256 sequences, told to a group >= 0.5 of MPI's own"
+    ]  # fmt: skip
+    report = json.loads((tmp_path / "out.json").read_text())
+    for each in report["mpi"]:
+        assert each["seconds"].keys() == {"cupy_pagedkv", "MPI's own"}
+        assert all(0 < seconds < 1 for seconds in each["seconds"].values())
+
+
+def test_bars_of_ranks():
+    travels = [mpi.Travel("a", 10**6, {"cupy_pagedkv": 1.0, "MPI's own": own}, 0.7) for own in (0.7, 0.69)]
+    met, missed = mpi.travel_bars(travels)
+    assert met == "met    a >= 0.7 of MPI's own: in 1 of 1; the least is 0.70, a"
+    assert missed == "MISSED a >= 0.7 of MPI's own: in 0 of 1; the least is 0.69, a"
+
+
 def test_rows_that_do_not_exist_are_refused():
     command = [sys.executable, str(ROOT / "bench.py"), "--device=cpu", "--only", "gather", "9x9"]
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -355,6 +377,8 @@ def test_rows_that_do_not_exist_are_refused():
         (["tiers", "--kernels"], "tiers is no kernel"),
         (["tiers", "--only", "8x128"], "tiers has no rows to choose from by --only"),
         (["hf", "--only", "8x128"], "hf has no rows to choose from by --only"),
+        (["mpi", "--watch"], "mpi is no kernel"),
+        (["mpi", "--only", "8x128"], "mpi has no rows to choose from by --only"),
     ],
 )
 def test_what_cannot_be_run_is_known_at_once(arguments, message):

@@ -44,6 +44,7 @@ def test_there_are_examples():
         "clients.md",
         "kernels.md",
         "many-sequences.md",
+        "scale.md",
     }
 
 
