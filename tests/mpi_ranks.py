@@ -975,6 +975,20 @@ def a_group_gets_a_sequence_on_all_ranks_or_on_none() -> None:
         check_group(group)
 
 
+@scenario(1, 2)
+def a_group_knows_names() -> None:
+    group = a_group(WORLD)
+    if RANK == 0:
+        sequence = group.add([1, 2, 3], name="chat")
+        with group.prepare({sequence: [1, 2, 3]}) as batch:
+            run_layers(group, batch)
+        group.close()
+    else:
+        while (batch := group.follow()) is not None:
+            run_layers(group, batch)
+    assert [(name, each.num_tokens) for name, each in group.named.items()] == [("chat", 3)]
+
+
 # One sequence over ranks.
 
 

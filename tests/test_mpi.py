@@ -55,8 +55,9 @@ def test_a_rank_dies(name):
     check(launch(2, name), name)
 
 
-def test_the_example_of_the_page_prints_what_stands_below_it(tmp_path):
-    page = (Path(__file__).parents[1] / "docs" / "scale.md").read_text()
+@pytest.mark.parametrize("page", ["README.md", "docs/scale.md"])
+def test_the_example_of_the_page_prints_what_stands_below_it(tmp_path, page):
+    page = (Path(__file__).parents[1] / page).read_text()
     [(source, output)] = re.findall(r"^```text\n(.*?)^```\n\n```\n(.*?)^```$", page, re.M | re.S)
     script = tmp_path / "prefill_decode.py"
     script.write_text(source)
