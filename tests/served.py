@@ -53,6 +53,7 @@ class Findable:
         self.spare: list[Any] = []  # which the pool has, too
         self.held: Counter[Any] = Counter()  # by how many sequences
         self.offloaded = self.restored = 0
+        self.used: dict[Any, int] = {}  # when each key was let go of
 
     def in_pool(self, key: Any) -> bool:
         return key in self.contents.values()
@@ -81,7 +82,9 @@ class Findable:
                 elif key in self.spare:
                     self.spare.remove(key)
         self.put_on_host(kept)
-        self.cached_on_host += kept
+        for key in kept:
+            at = sum(self.used[other] <= self.used[key] for other in self.cached_on_host)
+            self.cached_on_host.insert(at, key)
 
     def put_on_host(self, keys: Sequence[Any]) -> None:
         """Those of the keys that are not there are copied there; spare places, and then the oldest, make room."""
@@ -109,7 +112,21 @@ class Findable:
         gone = [key for key in keys if not self.held[key]]
         self.held = +self.held
         self.spare += [key for key in gone if self.in_pool(key)]
-        self.cached_on_host += [key for key in reversed(gone) if isinstance(key, tuple) and not self.in_pool(key)]
+        for key in reversed(gone):
+            if isinstance(key, tuple) and not self.in_pool(key):
+                self.use(key)
+                self.cached_on_host.append(key)
+        if paired := [key for key in keys if isinstance(key, tuple) and self.in_pool(key)]:
+            salt, tokens = paired[-1]
+            cached = [b for b in self.cached if self.contents[b] == (salt, tokens[: len(self.contents[b][1])])]
+            for block in sorted(cached, key=lambda block: -len(self.contents[block][1])):
+                self.cached.remove(block)
+                self.cached.append(block)
+                self.use(self.contents[block])
+
+    def use(self, key: Any) -> None:
+        self.used.pop(key, None)
+        self.used[key] = 1 + max(self.used.values(), default=0)
 
     def write(self, block: int) -> None:
         """The only owner of a block writes to it."""
@@ -138,6 +155,7 @@ class Findable:
         if key is not None and key not in self.contents.values():
             self.contents[block] = key
             self.cached.append(block)
+            self.use(key)
 
     def behind(self, key: Any) -> list[int]:
         salt, tokens = key

@@ -1267,7 +1267,7 @@ def of_both_tiers(device: Any) -> Served:
 
 def lines(served: Served) -> list[Any]:
     """What is lost, in order."""
-    return [*served.findable.cached_on_host, *in_line(served)]
+    return sorted([*served.findable.cached_on_host, *in_line(served)], key=served.findable.used.__getitem__)
 
 
 @pytest.mark.parametrize(("num_blocks", "host_blocks"), [(12, 50), (12, 40), (8, 60), (100, 0), (100, 30)])

@@ -22,6 +22,7 @@ what is evicted is always the end of a run that nothing lies behind. What lies b
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from typing import TypeAlias
 from weakref import WeakValueDictionary
 
@@ -45,7 +46,7 @@ class Run:
     the former: where a run is split, or joined with the one before, the object goes on as the last part.
     """
 
-    __slots__ = ("__weakref__", "blocks", "children", "first", "newer", "older", "on_host", "parent", "tokens")
+    __slots__ = ("__weakref__", "blocks", "children", "first", "newer", "older", "on_host", "parent", "tokens", "used")
 
     def __init__(self, parent: "Run | None" = None, first: int = 0) -> None:
         self.parent = parent
@@ -57,6 +58,8 @@ class Run:
         self.tokens = bytearray()
         self.children: dict[bytes, Run] = {}
         """By the tokens of their first block."""
+        self.used = 0
+        """When it lost its last owner, as a number that rises."""
         self.older: Run | None = None  # in the line of cached runs; None in none
         self.newer: Run | None = None
 
@@ -109,6 +112,7 @@ class BlockPool:
         self._roots: WeakValueDictionary[tuple[type, Salt], Run] = WeakValueDictionary()
         self._line = _Line()
         self._host_line = _Line()
+        self._time = 0
         # Live blocks that hold the same as another that is found, and live: {that one: the others}.
         self._twins: dict[int, set[int]] = {}
         self.evictions = 0
@@ -420,6 +424,8 @@ class BlockPool:
                     raise RuntimeError(f"{name} would be evicted before what is behind it")
                 runs.append(child)
         lines = (self._line, self._host_line)
+        if any(older.used > newer.used for line in lines for older, newer in pairwise(line)):
+            raise RuntimeError("what was used later would be evicted before what was used earlier")
         if not sum(line.num_blocks for line in lines) == counted == sum(len(r.blocks) for line in lines for r in line):
             raise RuntimeError(f"{[line.num_blocks for line in lines]} cached blocks are counted, {counted} are found")
         for block, twins in self._twins.items():
@@ -486,11 +492,12 @@ class BlockPool:
             return
         if num_owned:
             self._split(run, column + num_owned)
-        behind = [*run.children.values()]
-        if len(behind) == 1 and behind[0].newer is not None and behind[0] is self._host_line.newest:
+        # What was let go of on the host may be newer, though it was not in the pool since.
+        newer, behind = self._host_line.first_after(run.used), [*run.children.values()]
+        if len(behind) == 1 and behind[0] is newer.older:
             self._host_line.remove(behind[0])
             run = self._join([run, behind[0]])
-        self._host_line.append(run)
+        self._host_line.put(run, newer)
 
     def _copy_out(self, blocks: _Blocks, needed: _Blocks) -> _Blocks:
         """Copy blocks to places that hold nothing any more, which are returned: free ones, spare ones but for those
@@ -528,6 +535,8 @@ class BlockPool:
         if cached.any():
             assert run is not None
             self._retire(run.at(known), first + int(cached.argmax()))
+        if run is not None and known > first and paired[0]:
+            self._touch(run, min(known, first + int(np.count_nonzero(paired))))
 
     def _free_spares(self, blocks: _Blocks) -> None:
         """What ``blocks`` of the pool hold is to be found no more: nor in their places on the host."""
@@ -582,7 +591,7 @@ class BlockPool:
         parent, count = run.parent, column - run.first
         assert parent is not None
         head = Run(parent, run.first)
-        head.on_host = run.on_host
+        head.on_host, head.used = run.on_host, run.used
         head.blocks, run.blocks = run.blocks[:count], run.blocks[count:]
         head.tokens, run.tokens = run.tokens[: count * self._bytes], run.tokens[count * self._bytes :]
         parent.children[bytes(head.tokens[: self._bytes])] = head
@@ -667,8 +676,24 @@ class BlockPool:
                 parent = parent.parent
             if above:
                 run = self._join([*above[::-1], run])
-            self._line_of(run).append(run)
+            self._line_up(run)
             run = parent
+
+    def _touch(self, run: Run, end: int) -> None:
+        """A prefix of ``end`` blocks, which the pool has, was in use until now, though nobody owned these blocks."""
+        run = run.at(end)
+        if run.newer is not None and end < run.end:
+            run = self._split(run, end)
+        while run.newer is not None:
+            self._line.remove(run)
+            self._line_up(run)
+            assert run.parent is not None
+            run = run.parent
+
+    def _line_up(self, run: Run) -> None:
+        self._time += 1
+        run.used = self._time
+        self._line_of(run).append(run)
 
     def _join(self, parts: list[Run]) -> Run:
         """Runs one behind the other, in no line, as the last of them."""
@@ -677,7 +702,7 @@ class BlockPool:
         assert parent is not None
         run.blocks = array("i", b"".join(part.blocks.tobytes() for part in parts))
         run.tokens = bytearray().join(part.tokens for part in parts)
-        run.parent, run.first = parent, first
+        run.parent, run.first, run.used = parent, first, above[0].used
         for part in above:
             part.children.clear()  # or they would keep each other
         parent.children[bytes(run.tokens[: self._bytes])] = run
@@ -697,14 +722,20 @@ class _Line:
         assert self._ends.newer is not None
         return self._ends.newer
 
-    @property
-    def newest(self) -> Run:
-        assert self._ends.older is not None
-        return self._ends.older
+    def first_after(self, used: int) -> Run:
+        """The oldest run that was used later, or what stands behind the last."""
+        newer = self._ends
+        while newer.older is not None and newer.older is not self._ends and newer.older.used > used:
+            newer = newer.older
+        return newer
 
     def append(self, run: Run) -> None:
+        self.put(run, self._ends)
+
+    def put(self, run: Run, newer: Run) -> None:
+        """Put a run before another, and count its blocks."""
         self.num_blocks += len(run.blocks)
-        self.insert(run, self._ends)
+        self.insert(run, newer)
 
     def insert(self, run: Run, newer: Run) -> None:
         """Put a run before another. Its blocks are counted already."""

@@ -263,7 +263,8 @@ def _in_order(pool: BlockPool) -> list[Run]:
     num_roots = len(runs)
     for run in runs:  # which grows
         runs += run.children.values()
-    return [*pool._host_line, *pool._line, *(run for run in runs[num_roots:][::-1] if run.newer is None)]
+    cached = sorted([*pool._host_line, *pool._line], key=lambda run: run.used)
+    return [*cached, *(run for run in runs[num_roots:][::-1] if run.newer is None)]
 
 
 def _read(manager: Manager, blocks: npt.NDArray[np.int32]) -> _Bytes:
