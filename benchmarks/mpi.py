@@ -133,11 +133,12 @@ def a_sequence_travels(comm: Any, quick: bool) -> Travel:
     )
 
 
-def a_step_of_a_group(comm: Any, quick: bool) -> Travel:
-    """256 sequences of 1,000 tokens, a token more each: what it takes longer on the slower of two ranks of a group than
-    on two that prepare it for themselves, against a broadcast of as many bytes as the arrays of the batch have."""
+def steps_of_a_group(comm: Any, quick: bool) -> list[Travel]:
+    """256 sequences of 1,000 tokens, a token more each. The message alone, against a broadcast of as many bytes; and
+    what the whole step takes longer on the slower of two ranks of a group than on two that prepare it for themselves,
+    against a broadcast of as many bytes as the arrays of the batch have, which a group need not send."""
     from cupy_pagedkv import KVCacheManager, LayeredPagedKVCache
-    from cupy_pagedkv.mpi import GroupManager
+    from cupy_pagedkv.mpi import STEP_BYTES, GroupManager
 
     def a_cache() -> Any:
         return LayeredPagedKVCache(1, 256 * 70, BLOCK_SIZE, 1, 1, "uint8", device="cpu")
@@ -151,7 +152,7 @@ def a_step_of_a_group(comm: Any, quick: bool) -> Travel:
         else:
             manager.follow()
     num_bytes = 256 * (63 * 4 + 16 + 4) + 257 * 4
-    memory = np.ones(num_bytes, np.uint8)
+    new = [np.arange(256, dtype=np.int32)] * 3
 
     def step(manager: Any) -> float:
         comm.Barrier()
@@ -162,24 +163,48 @@ def a_step_of_a_group(comm: Any, quick: bool) -> Travel:
             manager.follow()
         return time.perf_counter() - start
 
-    def plain() -> float:
+    def message() -> float:
+        held = group._calls, group._numbers  # which the next step brings
+        group._calls, group._numbers = [], []
         comm.Barrier()
         start = time.perf_counter()
-        comm.Bcast(memory)
-        return time.perf_counter() - start
+        if comm.rank == 0:
+            group._tell("prepare", numbers=new)
+            group._send_calls()
+        else:
+            group._hear_calls()
+        seconds = time.perf_counter() - start
+        group._calls, group._numbers = held
+        return seconds
 
-    calls = {OURS: lambda: step(group), "alone": lambda: step(alone), MPI_OWN: plain}
+    def plain(num_bytes: int) -> Callable[[], float]:
+        memory = np.ones(num_bytes, np.uint8)
+
+        def call() -> float:
+            comm.Barrier()
+            start = time.perf_counter()
+            comm.Bcast(memory)
+            return time.perf_counter() - start
+
+        return call
+
+    rounds = 10 if quick else 400
+    of_message = in_turns(comm, {OURS: message, MPI_OWN: plain(STEP_BYTES)}, rounds)
+    calls = {OURS: lambda: step(group), "alone": lambda: step(alone), MPI_OWN: plain(num_bytes)}
     in_turns(comm, calls, 2)
-    seconds = in_turns(comm, calls, 10 if quick else 400)
-    seconds[OURS] = max(1e-7, seconds[OURS] - seconds.pop("alone"))
-    return Travel("a batch of 256 sequences, told to a group", num_bytes, seconds, 0.5)
+    of_step = in_turns(comm, calls, rounds)
+    of_step[OURS] = max(1e-7, of_step[OURS] - of_step.pop("alone"))
+    return [
+        Travel("the message of a step of 256 sequences", STEP_BYTES, of_message, 0.5),
+        Travel("the step, beyond the ranks' own work", num_bytes, of_step, 0.5),
+    ]
 
 
 def main() -> None:
     from mpi4py import MPI
 
     comm, quick = MPI.COMM_WORLD.Dup(), "--quick" in sys.argv
-    measured = [a_sequence_travels(comm, quick), a_step_of_a_group(comm, quick)]
+    measured = [a_sequence_travels(comm, quick), *steps_of_a_group(comm, quick)]
     if comm.rank == 0:
         print(json.dumps([asdict(each) for each in measured]))
 

@@ -286,6 +286,7 @@ class GroupManager(KVCacheManager):
 
     def prepare(self, new_tokens: Mapping[CachedSequence, Tokens], *, buffers: BatchBuffers | None = None) -> Batch:
         if self._tells() and isinstance(new_tokens, Mapping) and new_tokens.keys() <= self._told.keys():
+            self._rows_of(tuple(new_tokens))
             counts, tokens = _joined(list(new_tokens.values()))
             names = np.fromiter(map(self._told.__getitem__, new_tokens), np.int32, len(new_tokens))
             self._tell("prepare", numbers=[names, counts.astype(np.int32), tokens])
@@ -389,7 +390,7 @@ class GroupManager(KVCacheManager):
                 ends = np.cumsum(lengths)[:-1].tolist()
                 try:
                     result = self._replay(name, values, np.split(numbers, ends), buffers)
-                except (OutOfBlocksError, ValueError):
+                except OutOfBlocksError:
                     if name != "prepare":
                         raise
                     continue  # as on rank 0, which knows what to do now

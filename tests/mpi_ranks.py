@@ -850,6 +850,9 @@ def what_a_group_refuses() -> None:
         for dests in ([], [0, 1, 2]):
             with raises(ValueError, f"4 heads cannot be divided among {len(dests)} ranks"):
                 group.send(sequence, dests)
+        with raises(ValueError, "in an open batch"):  # and nobody is told
+            group.prepare({group.add([1, 2]): [1], **dict.fromkeys(group.prepare({sequence: [1]}).sequences, [1])})
+        assert not group._calls or group._calls[-1][0] == "add"
     else:
         with raises(ValueError, "rank 0 decides, and the other ranks follow"):
             group.add([1])
