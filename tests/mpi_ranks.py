@@ -851,7 +851,7 @@ def what_a_group_refuses() -> None:
             with raises(ValueError, f"4 heads cannot be divided among {len(dests)} ranks"):
                 group.send(sequence, dests)
         with raises(ValueError, "in an open batch"):  # and nobody is told
-            group.prepare({group.add([1, 2]): [1], **dict.fromkeys(group.prepare({sequence: [1]}).sequences, [1])})
+            group.prepare({group.add([1, 2]): [1], **{key: [1] for key in group.prepare({sequence: [1]}).sequences}})
         assert not group._calls or group._calls[-1][0] == "add"
     else:
         with raises(ValueError, "rank 0 decides, and the other ranks follow"):

@@ -1326,3 +1326,38 @@ def test_both_tiers_have_no_room(host, tmp_path):
     larger = LayeredPagedKVCache(NUM_LAYERS, 14, 2, 1, ROW, "uint8", "cpu")
     with pytest.raises(ValueError, match="the cache with 14 of 2 and 40 on the host has no room for them"):
         KVCacheManager.load(larger, tmp_path / "kv", host_blocks=40)
+
+
+def test_a_prefix_that_stayed_in_use_is_loaded_again(host, tmp_path):
+    """Into a pool and host memory of the same sizes, both full; and it is the last to be lost."""
+    served = Served(host, 4, 1, host_blocks=4)
+    prompt = served.add([1, 2, 9])
+    served.append(prompt, [1, 2, 9])
+    for token in range(10, 16):
+        served.free(served.run([token]))
+    served.free(served.run([1, 2, 4]))
+    served.truncate(prompt, 2)
+    served.free(prompt)
+    served.manager.save(tmp_path / "kv")
+    cache = LayeredPagedKVCache(NUM_LAYERS, 4, 1, 1, ROW, "uint8", "cpu")
+    manager = KVCacheManager.load(cache, tmp_path / "kv", host_blocks=4)
+    manager.check_integrity()
+    for token in range(100, 105):
+        with manager.add([token]) as sequence:
+            manager.commit(manager.prepare({sequence: [token]}))
+    assert manager.add([1, 2, 0]).num_cached_tokens == 2
+
+
+def test_a_file_keeps_its_permissions(host, tmp_path):
+    served = Served(host, 4, 4)
+    served.free(served.run(range(8)))
+    served.manager.save(tmp_path / "kv")
+    (tmp_path / "kv").chmod(0o600)
+    served.manager.save(tmp_path / "kv")
+    assert (tmp_path / "kv").stat().st_mode & 0o777 == 0o600
+
+
+def test_there_is_no_folder(host, tmp_path):
+    path = tmp_path / "nowhere" / "kv"
+    with pytest.raises(FileNotFoundError, match=f"there is no folder for: '{path}'"):
+        Served(host, 4, 4).manager.save(path)

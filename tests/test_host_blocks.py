@@ -164,6 +164,23 @@ def test_tokens_that_are_computed_again_make_the_place_a_spare(served):
     assert early.num_host_blocks == 0
 
 
+def test_what_is_let_go_of_on_the_host_was_used_last(served):
+    """A parked sequence that is freed, and what was found there and never prepared."""
+    first = served.run(range(32))
+    served.offload(first)
+    for start in range(100, 500, 100):
+        served.free(served.run(range(start, start + 49)))
+    served.free(first)
+    for start in range(600, 900, 100):
+        served.free(served.run(range(start, start + 49)))
+    again = served.add(range(33))
+    assert again.num_cached_tokens == 32
+    served.free(again)
+    for start in range(1000, 1300, 100):
+        served.free(served.run(range(start, start + 49)))
+    assert served.add(range(33)).num_cached_tokens == 32
+
+
 # Parked sequences
 
 
@@ -345,6 +362,8 @@ def test_host_memory_in_bytes():
     cache = LayeredPagedKVCache(2, 4, 16, 4, 8, "float16", "cpu")
     block = 2 * 2 * 16 * 4 * 8 * 2
     assert KVCacheManager(cache, host_bytes=3 * block + block - 1).stats().host_blocks == 3
+    assert KVCacheManager(cache, host_blocks=np.uint8(200)).stats().host_blocks == 200
+    assert KVCacheManager(cache, host_bytes=np.uint32(2**32 - 1)).stats().host_blocks == (2**32 - 1) // block
     with pytest.raises(ValueError, match=f"host_bytes is {block - 1}, but a block takes {block} bytes"):
         KVCacheManager(cache, host_bytes=block - 1)
     with pytest.raises(ValueError, match="give host_blocks or host_bytes, not both"):

@@ -33,11 +33,13 @@ in JSON, under ``index``, and its ``checksum``. All hashes are XXH3 of 128 bits:
 """
 
 import contextlib
+import errno
 import importlib
 import json
 import math
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Mapping
 from io import FileIO
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeAlias
@@ -238,11 +240,15 @@ def save(manager: Manager, path: str | os.PathLike[str], *, fingerprint: str | N
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path} is no regular file, and would be replaced by one; save to another path")
     folder = os.path.dirname(path)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(errno.ENOENT, "there is no folder for", path)
     temporary = os.path.join(folder, f".kvcache-{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
             _write(manager, file, fingerprint, hashes, tqdm)
             file.flush()
+            if os.path.exists(path):  # whose readers may be few
+                shutil.copymode(path, temporary)
             os.fsync(file.fileno())
         os.replace(temporary, path)
         descriptor = os.open(folder, os.O_RDONLY)
@@ -560,7 +566,8 @@ def _restore(
             batch = manager.prepare({sequence: tokens[at:stop]})
         except OutOfBlocksError:
             raise _no_room(index, manager) from None
-        if manager._pool.lost:
+        # On the host, places of what comes back while a later run is loaded are missing, and it need not be too small.
+        if manager._pool.lost and not (manager._pool.num_places and index.block_size == cache.block_size):
             raise _no_room(index, manager)
         rows = blocks.reshape(len(blocks), 2, len(cache), index.block_size, row_bytes).transpose(1, 2, 0, 3, 4)
         rows = rows.reshape(2, len(cache), -1, row_bytes)

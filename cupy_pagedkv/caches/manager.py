@@ -24,7 +24,7 @@ array([[0, 1],
 
 The life of a sequence, in positions of its tokens::
 
-    add(tokens)         [0, num_cached_tokens)          in the pool already, in blocks shared with whoever wrote them
+    add(tokens)         [0, num_cached_tokens)          in the cache already, in blocks shared with whoever wrote them
     prepare({seq: new}) [num_tokens, num_tokens + new)  have slots, and the layers write their K and V
     commit(batch)       [0, num_tokens)                 is in the cache: num_tokens has grown by new, or by what was
                                                         accepted of it, and blocks now full are found by other prompts
@@ -122,7 +122,8 @@ class KVCacheManager:
     With ``prefix_caching``, a new sequence shares the full blocks that hold its first tokens already, whether their
     sequence lives or is gone. A match is exact: all tokens before the block, and the salt, are compared, not hashed.
 
-    A call that raises leaves everything as it was, but for what :meth:`prepare` says. Not thread-safe. The cost of a
+    A call that raises leaves everything as it was, but for what :meth:`prepare` and
+    :meth:`CachedSequence.offload` say. Not thread-safe. The cost of a
     call depends on what it is given, not on the size of the pool or on how many sequences there are, but for
     :meth:`check_integrity`, :meth:`reset_prefix_cache` and, now and then, the growth of its own tables.
 
@@ -130,7 +131,7 @@ class KVCacheManager:
     where the cache is on a GPU. Cached blocks that are evicted go there, the least recently used ones make room for
     them, and ``add`` finds them there, too; and :meth:`CachedSequence.offload` parks a sequence. :meth:`prepare` brings
     back what its sequences need. All copies of a call go at once; on a GPU they travel on a stream of their own, and
-    the current stream waits for what comes back, not for what goes.
+    the current stream waits for what comes back, and for what the same call sends before that.
 
     A cache has one manager, and nobody else hands out its blocks. Raises ``TypeError`` for another kind of cache, and
     ``ValueError`` for one that has blocks in its own block table, for negative ``host_blocks``, and for ``host_bytes``
@@ -162,13 +163,14 @@ class KVCacheManager:
         self._staging = backend_of(("the cache",), cache[0].k_cache).staging()
         self._prefix_caching = prefix_caching
         self._block_size = cache.block_size
-        if at_least(0, "host_bytes", host_bytes):
+        host_blocks = at_least(0, "host_blocks", host_blocks)
+        if num_bytes := at_least(0, "host_bytes", host_bytes):
             if host_blocks:
                 raise ValueError("give host_blocks or host_bytes, not both")
-            host_blocks = host_bytes // block_bytes(cache)
+            host_blocks = num_bytes // block_bytes(cache)
             if not host_blocks:
-                raise ValueError(f"host_bytes is {host_bytes}, but a block takes {block_bytes(cache)} bytes")
-        if at_least(0, "host_blocks", host_blocks) > MAX_BLOCKS - cache.num_blocks:
+                raise ValueError(f"host_bytes is {num_bytes}, but a block takes {block_bytes(cache)} bytes")
+        if host_blocks > MAX_BLOCKS - cache.num_blocks:
             raise ValueError(f"host_blocks and the pool's {cache.num_blocks} must be {MAX_BLOCKS} at most, together")
         self._mover = BlockMover(cache, host_blocks) if host_blocks else None
         store = {"store": self._mover.store} if self._mover else {}
@@ -417,13 +419,14 @@ class KVCacheManager:
         salvage: bool = False,
         prefix_caching: bool = True,
         host_blocks: int = 0,
+        host_bytes: int = 0,
     ) -> "KVCacheManager":
         """A manager of a new cache, in which all is found that :meth:`save` wrote to a file; its totals begin at 0.
 
         The cache may have other blocks, more or fewer, on another device. Of what is found, tokens that fill no whole
         block of it are dropped. What was found last is evicted last, as before; what live sequences had comes behind.
-        With ``host_blocks``, what the pool has no room for is on the host then, and named sequences that were parked
-        are.
+        With ``host_blocks`` or ``host_bytes``, what the pool has no room for is on the host then, and named sequences
+        that were parked are. Where there is hardly room, the first to be evicted may be gone.
 
         salvage
             Of a file that is damaged, or cut short, load what is whole: blocks up to the first that is not, and the
@@ -434,7 +437,7 @@ class KVCacheManager:
         ``TypeError`` and ``RuntimeError`` as ``save`` does; and ``OSError``, as of a file that is not there. The blocks
         of the cache hold anything then.
         """
-        manager = cls(cache, prefix_caching=prefix_caching, host_blocks=host_blocks)
+        manager = cls(cache, prefix_caching=prefix_caching, host_blocks=host_blocks, host_bytes=host_bytes)
         files.load(manager, path, fingerprint=fingerprint, salvage=salvage)
         manager._uncounted.clear()
         manager._prompts = manager._hits = manager._prompt_tokens = manager._tokens_saved = manager._restored = 0

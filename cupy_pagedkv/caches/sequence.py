@@ -47,7 +47,7 @@ class CachedSequence:
 
     @property
     def num_cached_tokens(self) -> int:
-        """How many of its first tokens were in the pool when it was made."""
+        """How many of its first tokens were in the pool, or in host memory, when it was made."""
         return self._num_cached
 
     @property
@@ -91,7 +91,8 @@ class CachedSequence:
         """Move its K and V to host memory, and let go of its blocks: it is parked until the next ``prepare`` with it.
 
         It can be truncated, forked and freed there. What the host has already is not copied again, and what is still in
-        the pool when it comes back does not travel. On a GPU the copy is queued behind the current stream's work.
+        the pool when it comes back does not travel. On a GPU the copy is queued behind the current stream's work, and a
+        CUDA graph must not capture it. Where a device fails, cached blocks on the host may be gone.
 
         Raises ``ValueError`` where the manager has no ``host_blocks``, while this sequence is in an open batch, or when
         it is freed, and :class:`~cupy_pagedkv.OutOfBlocksError` where other sequences leave too little room there.

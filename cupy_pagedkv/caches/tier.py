@@ -93,11 +93,12 @@ class Returning:
     ) -> None:
         self._pool, self._rows = pool, rows
         self._parts = []
+        writing = set(writers.tolist())
         for i in np.flatnonzero(rows.on_host[in_rows]).tolist():
             row = int(in_rows[i])
             table = rows.blocks(row)
             first = int(np.count_nonzero(table < pool.num_blocks))
-            self._parts.append(_Part(i, row, sequences[i]._run, first, table[first:], int(i in writers)))
+            self._parts.append(_Part(i, row, sequences[i]._run, first, table[first:], int(i in writing)))
         self.owners = np.concatenate([_NONE, *(np.full(len(part.places), part.index) for part in self._parts)])
         """Of each block that comes back: whose it is, as a place in ``sequences``."""
         self.columns = np.concatenate([_NONE, *(part.first + np.arange(len(part.places)) for part in self._parts)])

@@ -146,20 +146,20 @@ class PinnedLane:
     """Places for blocks in pinned host memory, ``[num_places, num_bytes]``, and a stream of their own to and fro.
 
     Two buffers on the GPU take turns: one is packed or unpacked on the current stream while the other travels. Each has
-    an event behind what used it last, and so neither stream waits but for what it needs, and the host for nothing.
+    an event behind what used it last, for which its next user waits; the host waits for nothing.
     """
 
     def __init__(self, backend: "CudaBackend", num_places: int, num_bytes: int, device: Any) -> None:
         self._backend = backend
         self._device = device
-        memory = backend.pinned_memory(num_places * num_bytes)
+        with backend.on(device):
+            memory = backend.pinned_memory(num_places * num_bytes)
+            self._stream = backend.new_stream()
         self._memory: npt.NDArray[np.uint8] = memory.reshape(num_places, num_bytes)
         size = min(num_places, max(1, _LANE_BYTES // num_bytes)), num_bytes
         self._buffers = [backend.empty(size, np.dtype(np.uint8), device) for _ in range(2)]
         self._events: list[Any] = [None, None]
         self._turn = 0
-        with backend.on(device):
-            self._stream = backend.new_stream()
 
     def pieces(self, places: npt.NDArray[np.integer]) -> Iterator[slice]:
         """Which of ``places``, in rising order, fill a buffer."""
@@ -188,10 +188,10 @@ class PinnedLane:
             if self._events[turn] is not None:
                 self._stream.wait_event(self._events[turn])
             buffer = self._buffers[turn][: len(places)]
-            for run in runs_of(places):
-                self._backend.copy_from_host(self._memory[places[run.start] :], buffer[run], self._stream)
-            current.wait_event(self._backend.event_behind(self._stream))
             try:
+                for run in runs_of(places):
+                    self._backend.copy_from_host(self._memory[places[run.start] :], buffer[run], self._stream)
+                current.wait_event(self._backend.event_behind(self._stream))
                 yield buffer
             finally:
                 self._events[turn] = self._backend.event_behind(current)
