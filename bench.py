@@ -17,11 +17,11 @@ import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -53,6 +53,8 @@ from cupy_pagedkv.replay.report import Report
 
 MANAGER, ATTENTION, HF, TIERS, MPI = "manager", "attention", "hf", "tiers", "mpi"
 
+T = TypeVar("T")
+
 
 def parser_of_arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -77,6 +79,13 @@ def parser_of_arguments() -> argparse.ArgumentParser:
     return parser
 
 
+def kept(items: Iterable[T], into: list[T]) -> Iterator[T]:
+    """The items, each of which is in the list, too, when it comes."""
+    for item in items:
+        into.append(item)
+        yield item
+
+
 def run_attention(parser: argparse.ArgumentParser, options: argparse.Namespace, device: str, xp: Any) -> int:
     cases = [case for case in attention_cases(options.quick) if set(options.only) <= set(case.label.split())]
     if not cases:
@@ -86,13 +95,8 @@ def run_attention(parser: argparse.ArgumentParser, options: argparse.Namespace, 
     print(", ".join(f"{name} {fact}" for name, fact in facts.items()))
     print("GB/s count K and V, which are read once.\n")
     rows: list[Row] = []
-
-    def measured() -> Iterator[Row]:
-        for case in cases:
-            rows.append(measure_attention(case, xp, 0.05 if options.quick else 0.7))
-            yield rows[-1]
-
-    for line in attention_lines(measured()):
+    measured = (measure_attention(case, xp, 0.05 if options.quick else 0.7) for case in cases)
+    for line in attention_lines(kept(measured, rows)):
         print(line, flush=True)
     print()
     for line in attention_bars(rows, xp is not np):
@@ -105,10 +109,6 @@ def run_attention(parser: argparse.ArgumentParser, options: argparse.Namespace, 
 
 
 def run_hf(parser: argparse.ArgumentParser, options: argparse.Namespace, place: Any) -> int:
-    if options.only:
-        parser.error(f"{HF} has no rows to choose from by --only")
-    if place.name != "numpy":
-        parser.error(f"{HF} measures on the host, got {place.name}: --device cpu")
     try:
         from benchmarks import hf
     except ImportError as error:
@@ -116,13 +116,7 @@ def run_hf(parser: argparse.ArgumentParser, options: argparse.Namespace, place: 
     facts = machine(place.name, np)
     print(", ".join(f"{name} {fact}" for name, fact in facts.items()) + "\n")
     runs: list[hf.Generation] = []
-
-    def measured() -> Iterator[hf.Generation]:
-        for run in hf.generations(options.quick):
-            runs.append(run)
-            yield run
-
-    for line in hf.generation_lines(measured()):
+    for line in hf.generation_lines(kept(hf.generations(options.quick), runs)):
         print(line, flush=True)
     print()
     for line in hf.generation_bars(runs):
@@ -132,29 +126,17 @@ def run_hf(parser: argparse.ArgumentParser, options: argparse.Namespace, place: 
     return 0
 
 
-def run_tiers(parser: argparse.ArgumentParser, options: argparse.Namespace, device: str, xp: Any) -> int:
-    if options.only:
-        parser.error(f"{TIERS} has no rows to choose from by --only")
+def run_tiers(options: argparse.Namespace, device: str, xp: Any) -> int:
     facts = machine(device, xp)
     print(", ".join(f"{name} {fact}" for name, fact in facts.items()) + "\n")
     place = "cpu" if xp is np else "cuda"
     done: list[tiers.Move] = []
     reports: list[tuple[str, Report]] = []
-
-    def measured() -> Iterator[tiers.Move]:
-        for move in chain(tiers.moves(options.quick, place, xp), tiers.files(options.quick, place, xp)):
-            done.append(move)
-            yield move
-
-    def replayed() -> Iterator[tuple[str, Report]]:
-        for replay in tiers.replays(options.quick, place, options.trace):
-            reports.append(replay)
-            yield replay
-
-    for line in tiers.move_lines(measured()):
+    moves = chain(tiers.moves(options.quick, place, xp), tiers.files(options.quick, place, xp))
+    for line in tiers.move_lines(kept(moves, done)):
         print(line, flush=True)
     print()
-    for line in tiers.replay_lines(replayed()):
+    for line in tiers.replay_lines(kept(tiers.replays(options.quick, place, options.trace), reports)):
         print(line, flush=True)
     print()
     for line in tiers.move_bars(done):
@@ -166,10 +148,6 @@ def run_tiers(parser: argparse.ArgumentParser, options: argparse.Namespace, devi
 
 
 def run_mpi(parser: argparse.ArgumentParser, options: argparse.Namespace, place: Any) -> int:
-    if options.only:
-        parser.error(f"{MPI} has no rows to choose from by --only")
-    if place.name != "numpy":
-        parser.error(f"{MPI} measures on the host, got {place.name}: --device cpu")
     if importlib.util.find_spec("mpi4py") is None or ranks.MPIEXEC is None:
         parser.error("mpi4py or mpiexec is not installed: pip install -e '.[mpi]'")
     facts = machine(place.name, np)
@@ -214,12 +192,16 @@ def main() -> int:
                 print(line, flush=True)
         return failed
 
+    if options.only and options.kernel in (HF, TIERS, MPI):
+        parser.error(f"{options.kernel} has no rows to choose from by --only")
+    if place.name != "numpy" and options.kernel in (HF, MPI):
+        parser.error(f"{options.kernel} measures on the host, got {place.name}: --device cpu")
     if options.kernel == ATTENTION:
         return run_attention(parser, options, place.name, xp)
     if options.kernel == HF:
         return run_hf(parser, options, place)
     if options.kernel == TIERS:
-        return run_tiers(parser, options, place.name, xp)
+        return run_tiers(options, place.name, xp)
     if options.kernel == MPI:
         return run_mpi(parser, options, place)
 
@@ -239,24 +221,13 @@ def main() -> int:
     print(", ".join(f"{name} {fact}" for name, fact in facts.items()))
     print("GB/s count what is read and what is written. x: how many times as fast as that.\n")
     rows: list[Row] = []
-
-    def measured() -> Iterator[Row]:
-        for case in cases:
-            rows.append(measure(case, xp, 0.05 if options.quick else 0.7))
-            yield rows[-1]
-
-    for line in table(measured()):
+    measured = (measure(case, xp, 0.05 if options.quick else 0.7) for case in cases)
+    for line in table(kept(measured, rows)):
         print(line, flush=True)
     print()
     done: list[Chore] = []
-
-    def managed() -> Iterator[Chore]:
-        for chore in chores(options.quick):
-            done.append(chore)
-            yield chore
-
     if with_manager:
-        for line in chore_lines(managed()):
+        for line in chore_lines(kept(chores(options.quick), done)):
             print(line, flush=True)
         print()
     of_operations = bars(rows, xp is not np) if place.name != "emulated" else ()  # which is not meant to be fast

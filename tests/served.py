@@ -15,6 +15,17 @@ from cupy_pagedkv.bookkeeping.pool import BlockPool, Run
 NUM_LAYERS, ROW = 2, 8  # bytes of K, or of V, of a token in one layer
 
 
+class Host:
+    """The device of tests that are of bookkeeping alone."""
+
+    name, of_caches, xp = "numpy", "cpu", np
+
+    def array(self, array: np.ndarray) -> np.ndarray:
+        return array.copy()
+
+    numpy = array
+
+
 @dataclass
 class Expected:
     """What a sequence is: all its tokens whose K and V are in the cache."""

@@ -18,7 +18,7 @@ import oracle
 import pytest
 import safetensors.numpy
 import xxhash
-from served import NUM_LAYERS, ROW, Expected, Findable, Served, rows_of
+from served import NUM_LAYERS, ROW, Expected, Findable, Host, Served, rows_of
 
 from cupy_pagedkv import DamagedFileError, KVCacheManager, LayeredPagedKVCache, OutOfBlocksError
 from cupy_pagedkv.bookkeeping.dtypes import as_dtype
@@ -26,17 +26,6 @@ from cupy_pagedkv.caches import files
 
 STEMS = [[stem * 1000 + i for i in range(64)] for stem in (1, 2)]
 SALTS = [None, "1", b"1", 1, True, 0, False, "None", -(2**90), "\ud800é", b""]
-
-
-class Host:
-    """The device of tests that are not of one."""
-
-    name, of_caches, xp = "numpy", "cpu", np
-
-    def array(self, array: np.ndarray) -> np.ndarray:
-        return array.copy()
-
-    numpy = array
 
 
 @pytest.fixture

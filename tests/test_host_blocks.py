@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from served import Served, rows_of
-from test_manager import Host
+from served import Host, Served, rows_of
 
 from cupy_pagedkv import KVCacheManager, LayeredPagedKVCache, OutOfBlocksError
 from cupy_pagedkv.bookkeeping.pool import BlockPool

@@ -13,22 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from served import Served
+from served import Host, Served
 
 from cupy_pagedkv import KVCacheManager, LayeredPagedKVCache, OutOfBlocksError
 from cupy_pagedkv.bookkeeping.pool import BlockPool
 from cupy_pagedkv.devices.numpy_backend import HostStaging
-
-
-class Host:
-    """The device of tests that are of bookkeeping alone."""
-
-    name, of_caches, xp = "numpy", "cpu", np
-
-    def array(self, array: np.ndarray) -> np.ndarray:
-        return array.copy()
-
-    numpy = array
 
 
 @pytest.fixture

@@ -5,22 +5,13 @@ from collections import Counter
 from contextlib import suppress
 from typing import Any
 
-import numpy as np
 import pytest
-from served import Served, runs_of
+from served import Host, Served, runs_of
 
 from cupy_pagedkv import OutOfBlocksError
 
 STEPS = int(os.environ.get("CUPY_PAGEDKV_HISTORY", "34000"))
 """Calls of each history, 100,000 in all; a million were run once."""
-
-
-class Host:
-    """NumPy's device alone: the manager's work is the host's."""
-
-    name = of_caches = "cpu"
-    xp = np
-    numpy = array = staticmethod(np.asarray)
 
 
 class Seldom(Served):

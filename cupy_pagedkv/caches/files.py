@@ -49,6 +49,7 @@ import numpy.typing as npt
 
 from ..bookkeeping.allocator import OutOfBlocksError
 from ..bookkeeping.pool import BlockPool, Run, Salt
+from ..bookkeeping.ranges import runs_of
 from ..bookkeeping.rows import SequenceRows
 from ..devices.backend import backend_of
 from .batch import Batch
@@ -433,11 +434,8 @@ class _Reader:
         wanted = places.tolist()
         count = next((i for i, p in enumerate(wanted) if p >= self._available or p in self._damaged), len(wanted))
         blocks = np.empty((count, self._block_bytes), np.uint8)
-        start = 0
-        for end in [*(np.flatnonzero(np.diff(places[:count]) != 1) + 1).tolist(), count]:
-            if start < end:
-                _read_into(blocks[start:end], self._raw, self._offset + wanted[start] * self._block_bytes)
-            start = end
+        for run in runs_of(places[:count]):
+            _read_into(blocks[run], self._raw, self._offset + wanted[run.start] * self._block_bytes)
         for i, place in enumerate(wanted[:count]):
             before = self._before[place]
             previous = bytes(self._digests[before]) if before >= 0 else self._salts[-1 - before]

@@ -317,14 +317,14 @@ class CudaBackend:
         array.data.copy_to_host_async(host.ctypes.data, array.nbytes, stream)
 
     def copy_from_host(self, host: npt.NDArray[np.uint8], array: Any, stream: Any) -> None:
+        """Queue a copy from the beginning of pinned memory to a contiguous array."""
         array.data.copy_from_host_async(host.ctypes.data, array.nbytes, stream)
 
     def copy_async(self, staged: npt.NDArray[np.uint8], out: Any) -> Any:
         """Queue a copy from pinned memory on the current stream; returns an event behind it."""
-        event = self.xp.cuda.Event(disable_timing=True)
-        out.data.copy_from_host_async(staged.ctypes.data, staged.nbytes)
-        event.record()
-        return event
+        stream = self.current_stream()
+        self.copy_from_host(staged, out, stream)
+        return self.event_behind(stream)
 
     def reshape_and_cache(
         self, key: Any, value: Any, k_cache: Any, v_cache: Any, slot_mapping: Any, layout: Layout
