@@ -208,6 +208,13 @@ class LateBackend(HostMemoryBackend):
         return lambda *arguments, **options: self.streams[0].do(lambda: kernel(*arguments, **options))
 
 
+def with_buffers_of(num_blocks: int, manager: KVCacheManager) -> None:
+    """Let the buffers on the way between pool and host be of so many blocks."""
+    lane = manager._mover._lane
+    for way in (lane._out, lane._back):
+        way.buffers = [over(np.zeros((num_blocks, buffer.shape[1]), np.uint8)) for buffer in way.buffers]
+
+
 @pytest.fixture
 def host_memory(monkeypatch: pytest.MonkeyPatch) -> HostMemoryBackend:
     instance = HostMemoryBackend()
@@ -331,7 +338,7 @@ def test_a_manager_over_cupy_arrays(host_memory):
 def test_a_second_tier_over_cupy_arrays(host_memory, rng):
     """Evictions, what is found on the host, and parked sequences, through the buffers of the lane."""
     served = Served(HostMemory(), 12, host_blocks=40)
-    served.manager._mover._lane._buffers = [over(np.zeros((3, 2 * 2 * 16 * 8), np.uint8)) for _ in range(2)]
+    with_buffers_of(3, served.manager)
     parked = []
     for _ in range(60):
         sequence = served.run(rng.integers(0, 2, 7).repeat(rng.integers(10, 20)).tolist())
@@ -356,7 +363,7 @@ def test_no_order_of_streams_mixes_up_blocks(monkeypatch, seed):
     monkeypatch.setattr("cupy_pagedkv.caches.cache.backend_on", lambda device: (late, cupy.cuda.Device(0)))
     cache = LayeredPagedKVCache(NUM_LAYERS, 10, 4, 1, ROW, "uint8", "cuda")
     manager = KVCacheManager(cache, host_blocks=int(rng.choice([6, 30])))
-    manager._mover._lane._buffers = [over(np.zeros((2, 2 * NUM_LAYERS * 4 * ROW), np.uint8)) for _ in range(2)]
+    with_buffers_of(2, manager)
     tokens_of: dict[CachedSequence, list[int]] = {}
     gathered, kept_alive = [], []
     for _ in range(150):
@@ -402,6 +409,47 @@ def test_no_order_of_streams_mixes_up_blocks(monkeypatch, seed):
             assert np.array_equal(HostMemory().numpy(array), expected)
     stats = manager.stats()
     assert min(stats.evictions, stats.offloaded, stats.restored) > 0, stats
+
+
+def test_compute_waits_for_nothing_but_what_it_reads(monkeypatch):
+    """What comes back is there while what the same call sends, and what was sent before, has not even left."""
+    late = LateBackend(np.random.default_rng(0))
+    monkeypatch.setattr(backend, "_cuda", lambda: late)
+    monkeypatch.setattr("cupy_pagedkv.caches.cache.backend_on", lambda device: (late, cupy.cuda.Device(0)))
+    cache = LayeredPagedKVCache(NUM_LAYERS, 6, 4, 1, ROW, "uint8", "cuda")
+    manager = KVCacheManager(cache, host_blocks=12)
+    current, out, back = late.streams
+    sequences, sent = [], []
+    for start in (0, 100, 200):
+        sequences.append(manager.add(range(start, start + 12)))
+        batch = manager.prepare({sequences[-1]: range(start, start + 12)})
+        key, value = (over(array) for array in rows_of(None, range(start, start + 12)))
+        cache.update_all(key, value, batch.slot_mapping)
+        manager.commit(batch)
+        sequences[-1].offload()
+        sent.append(len(out.queue))
+    with manager.prepare({sequences[0]: []}):
+        pass
+    assert manager.stats().restored == 3
+    gathered = tuple(over(np.zeros((NUM_LAYERS, 12, 1, ROW), np.uint8)) for _ in range(2))
+    cache.gather_all(over(sequences[0].block_table[None]), over(np.array([12])), out=gathered)
+    late.streams.remove(out)
+    late.advance(math.inf)
+    assert current.queue
+    assert all(out.step() for _ in range(sent[0]))  # and then it is stuck
+    late.advance(math.inf)
+    assert (len(current.queue), len(back.queue), bool(out.queue)) == (0, 0, True)
+    for array, expected in zip(gathered, rows_of(None, range(12)), strict=True):
+        assert np.array_equal(HostMemory().numpy(array), expected)
+    # But what is still on its way to the host is waited for.
+    with manager.prepare({sequences[1]: []}):
+        pass
+    assert manager.stats().restored == 6
+    late.advance(math.inf)
+    assert current.queue
+    late.streams.append(out)
+    late.advance(math.inf)
+    assert not any(stream.queue for stream in late.streams)
 
 
 def test_memory_that_a_copy_still_reads_is_not_used_again(host_memory, monkeypatch, rng):

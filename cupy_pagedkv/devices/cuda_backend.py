@@ -29,7 +29,7 @@ _ACCESS_TYPES = {1: "unsigned char", 2: "unsigned short", 4: "unsigned int", 8: 
 _INDEX_TYPES = {4: "int", 8: "long long"}
 _UNROLL = 8  # accesses of one thread, all loaded before the first is stored
 _MAX_BLOCK_BYTES = 2**30  # offsets inside a block are 32-bit in the kernels
-_LANE_BYTES = 2**25  # of each of two buffers on the way to the host and back
+_LANE_BYTES = 2**24  # of each of two buffers on the way to the host, and of two on the way back
 _MAX_WARPS = 4  # of a thread block: the kernels' __launch_bounds__
 _GATHER_BLOCKS = 4  # that a multiprocessor holds at once: the second of gather_cache's __launch_bounds__
 
@@ -143,10 +143,10 @@ class PinnedStaging:
 
 
 class PinnedLane:
-    """Places for blocks in pinned host memory, ``[num_places, num_bytes]``, and a stream of their own to and fro.
+    """Places for blocks in pinned host memory, ``[num_places, num_bytes]``, with a stream of its own each way.
 
-    Two buffers on the GPU take turns: one is packed or unpacked on the current stream while the other travels. Each has
-    an event behind what used it last, for which its next user waits; the host waits for nothing.
+    Blocks are packed and unpacked on the current stream, in one of two buffers a way, while the other travels. Whoever
+    uses a buffer or a place waits for what used it last, and the host waits for nothing.
     """
 
     def __init__(self, backend: "CudaBackend", num_places: int, num_bytes: int, device: Any) -> None:
@@ -154,57 +154,87 @@ class PinnedLane:
         self._device = device
         with backend.on(device):
             memory = backend.pinned_memory(num_places * num_bytes)
-            self._stream = backend.new_stream()
+            self._out, self._back = (_Way(backend, num_places, num_bytes, device) for _ in range(2))
         self._memory: npt.NDArray[np.uint8] = memory.reshape(num_places, num_bytes)
-        size = min(num_places, max(1, _LANE_BYTES // num_bytes)), num_bytes
-        self._buffers = [backend.empty(size, np.dtype(np.uint8), device) for _ in range(2)]
-        self._events: list[Any] = [None, None]
-        self._turn = 0
 
     def pieces(self, places: npt.NDArray[np.integer]) -> Iterator[slice]:
         """Which of ``places``, in rising order, fill a buffer."""
-        size = len(self._buffers[0])
+        size = len(self._out.buffers[0])
         return (slice(first, first + size) for first in range(0, len(places), size))
 
     @contextmanager
     def to_host(self, places: npt.NDArray[np.integer]) -> Iterator[Any]:
         """Within it, what the current stream writes to the array, ``[n, num_bytes]``, comes to ``places``."""
         with self._backend.on(self._device):
-            turn, current = self._next_turn(), self._backend.current_stream()
-            if self._events[turn] is not None:
-                current.wait_event(self._events[turn])
-            buffer = self._buffers[turn][: len(places)]
+            way, current = self._out, self._backend.current_stream()
+            turn = way.next_turn(current)
+            buffer = way.buffers[turn][: len(places)]
             yield buffer
-            self._stream.wait_event(self._backend.event_behind(current))
+            way.stream.wait_event(self._backend.event_behind(current))
+            self._back.let_wait(way.stream, places)
             for run in runs_of(places):
-                self._backend.copy_to_host(buffer[run], self._memory[places[run.start] :], self._stream)
-            self._events[turn] = self._backend.event_behind(self._stream)
+                self._backend.copy_to_host(buffer[run], self._memory[places[run.start] :], way.stream)
+            way.events[turn] = way.copied(places)
 
     @contextmanager
     def from_host(self, places: npt.NDArray[np.integer]) -> Iterator[Any]:
         """Within it, the array holds what is in ``places``, once the current stream gets to it."""
         with self._backend.on(self._device):
-            turn, current = self._next_turn(), self._backend.current_stream()
-            if self._events[turn] is not None:
-                self._stream.wait_event(self._events[turn])
-            buffer = self._buffers[turn][: len(places)]
+            way, current = self._back, self._backend.current_stream()
+            turn = way.next_turn(way.stream)
+            buffer = way.buffers[turn][: len(places)]
+            self._out.let_wait(way.stream, places)
+            for run in runs_of(places):
+                self._backend.copy_from_host(self._memory[places[run.start] :], buffer[run], way.stream)
+            current.wait_event(way.copied(places))
             try:
-                for run in runs_of(places):
-                    self._backend.copy_from_host(self._memory[places[run.start] :], buffer[run], self._stream)
-                current.wait_event(self._backend.event_behind(self._stream))
                 yield buffer
             finally:
-                self._events[turn] = self._backend.event_behind(current)
+                way.events[turn] = self._backend.event_behind(current)
 
     def read(self, places: npt.NDArray[np.integer]) -> npt.NDArray[np.uint8]:
         """A copy of what is in ``places``, once all that was queued has come there."""
-        self._stream.synchronize()
+        self._out.stream.synchronize()
         held: npt.NDArray[np.uint8] = self._memory[places]
         return held
 
-    def _next_turn(self) -> int:
+
+class _Way:
+    """A stream from or to places on the host, its two buffers on the GPU, and what it copied last of each place."""
+
+    def __init__(self, backend: "CudaBackend", num_places: int, num_bytes: int, device: Any) -> None:
+        self._backend = backend
+        self.stream = backend.new_stream()
+        size = min(num_places, max(1, _LANE_BYTES // num_bytes)), num_bytes
+        self.buffers = [backend.empty(size, np.dtype(np.uint8), device) for _ in range(2)]
+        self.events: list[Any] = [None, None]
+        """Behind what used each buffer last."""
+        self._turn = 0
+        self._copies: deque[Any] = deque()  # events behind the last ones, those that are not known to be done
+        self._num_done = 0  # before these
+        self._last = np.zeros(num_places, np.int64)  # of each place the number of its last copy, from 1 on
+
+    def next_turn(self, stream: Any) -> int:
+        """Which buffer is next; ``stream`` waits until it is not used."""
         self._turn = 1 - self._turn
+        if self.events[self._turn] is not None:
+            stream.wait_event(self.events[self._turn])
         return self._turn
+
+    def copied(self, places: npt.NDArray[np.integer]) -> Any:
+        """An event behind copies of ``places``, which were queued."""
+        while self._copies and self._copies[0].done:
+            self._copies.popleft()
+            self._num_done += 1
+        self._copies.append(self._backend.event_behind(self.stream))
+        self._last[places] = self._num_done + len(self._copies)
+        return self._copies[-1]
+
+    def let_wait(self, stream: Any, places: npt.NDArray[np.integer]) -> None:
+        """Let another stream wait for the copies of ``places``, and for none behind them."""
+        last = int(self._last[places].max()) - self._num_done
+        if last > 0:
+            stream.wait_event(self._copies[last - 1])
 
 
 class CudaBackend:
