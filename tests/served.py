@@ -54,8 +54,8 @@ def rows_of(salt: Any, tokens: Sequence[int]) -> np.ndarray:
 class Findable:
     """What has to be found, and what is evicted next, by plain lists and {block: salt, all tokens to its end}."""
 
-    def __init__(self, num_blocks: int, num_places: int = 0) -> None:
-        self.num_blocks, self.num_places = num_blocks, num_places
+    def __init__(self, num_blocks: int, block_size: int, num_places: int = 0) -> None:
+        self.num_blocks, self.block_size, self.num_places = num_blocks, block_size, num_places
         self.contents: dict[int, Any] = {}
         self.cached: list[int] = []  # the one to be evicted first first
         self.evictions = 0
@@ -63,6 +63,7 @@ class Findable:
         self.cached_on_host: list[Any] = []  # and not in the pool; the one to be lost first first
         self.spare: list[Any] = []  # which the pool has, too
         self.held: Counter[Any] = Counter()  # by how many sequences
+        self.num_lent = 0  # places more, while others are being left
         self.offloaded = self.restored = 0
         self.used: dict[Any, int] = {}  # when each key was let go of
 
@@ -84,7 +85,7 @@ class Findable:
             assert not self.behind(key), "a head is evicted before its tail"
             self.evictions += 1
             gone.append(key)
-        room, kept = self.num_places - len(self.held), []
+        room, kept = self.num_places + self.num_lent - len(self.held), []
         for key in reversed(gone):
             if key not in self.held:
                 if room:
@@ -102,15 +103,21 @@ class Findable:
         missing = [key for key in keys if key not in self.spare and key not in self.held]
         self.spare = [key for key in self.spare if key not in keys]
         others = [key for key in keys if key not in missing and key not in self.held]
-        while len(self.spare) + len(self.cached_on_host) + len(self.held) + len(others) + len(missing) > (
-            self.num_places
-        ):
+        self.make_room(len(others) + len(missing))
+        self.offloaded += len(missing)
+
+    def make_room(self, count: int) -> None:
+        while len(self.spare) + len(self.cached_on_host) + len(self.held) + count > self.num_places + self.num_lent:
             if self.spare:
                 self.spare.pop(0)
             else:
                 lost = self.cached_on_host.pop(0)
                 assert not self.behind_on_host(lost), "a head is lost before its tail"
-        self.offloaded += len(missing)
+
+    def settle(self) -> None:
+        """What was returning has left its places."""
+        self.num_lent = 0
+        self.make_room(0)
 
     def hold(self, keys: Sequence[Any]) -> None:
         self.cached_on_host = [key for key in self.cached_on_host if key not in keys]
@@ -143,13 +150,23 @@ class Findable:
         """The only owner of a block writes to it."""
         key = self.contents.pop(block, None)
         if key is not None and key not in self.contents.values():
+            lost = {key, *self.behind_on_host(key)}
+            there = [one for one in lost if one in self.held or one in self.cached_on_host]
             for unreachable in self.behind(key):
                 self.cached.remove(unreachable)
-                del self.contents[unreachable]
-            lost = [key, *self.behind_on_host(key)]
-            assert not set(lost) & self.held.keys(), "a parked sequence loses what it knows"
+                lost.add(self.contents.pop(unreachable))
+            # What a parked sequence knows is found on the host, and so is what lies behind it there.
+            for one in sorted(there, key=lambda one: len(one[1])):
+                if lost.isdisjoint(self.between(key, one)):
+                    lost.remove(one)
+            assert not lost & self.held.keys(), "a parked sequence loses what it knows"
             self.cached_on_host = [key for key in self.cached_on_host if key not in lost]
             self.spare = [key for key in self.spare if key not in lost]
+
+    def between(self, key: Any, other: Any) -> list[Any]:
+        """The keys of a prefix from one on, and before the other."""
+        ends = range(len(key[1]), len(other[1]), self.block_size)
+        return [(key[0], other[1][:end]) for end in ends]
 
     def fill(self, block: int, key: Any) -> None:
         for cached in [cached for cached in self.cached if self.contents[cached] == key]:
@@ -203,7 +220,7 @@ class Served:
         self.cache = LayeredPagedKVCache(NUM_LAYERS, num_blocks, block_size, 1, ROW, "uint8", device.of_caches)
         self.manager = KVCacheManager(self.cache, prefix_caching=prefix_caching, host_blocks=host_blocks)
         self.prefix_caching = prefix_caching
-        self.findable = Findable(num_blocks, host_blocks)
+        self.findable = Findable(num_blocks, block_size, host_blocks)
         self.expected: dict[CachedSequence, Expected] = {}
         self.open: dict[Batch, dict[CachedSequence, list[int]]] = {}
 
@@ -322,7 +339,7 @@ class Served:
 
     def reset_prefix_cache(self) -> None:
         self.manager.reset_prefix_cache()
-        old, self.findable = self.findable, Findable(self.cache.num_blocks, self.findable.num_places)
+        old, self.findable = self.findable, Findable(self.cache.num_blocks, self.block_size, self.findable.num_places)
         self.findable.evictions, self.findable.offloaded = old.evictions, old.offloaded
         self.findable.restored = old.restored
         self.check()
@@ -335,37 +352,41 @@ class Served:
         owners: Mapping[int, int],
     ) -> None:
         """What the manager has done to the blocks, told the model: by what the tables were and are."""
-        findable, after = self.findable, self.owners()
-        reading, writing = {}, {}  # of what is on the host
-        for sequence, tokens in new.items():
-            expected = self.expected[sequence]
-            begun = bool(len(expected.tokens) % self.block_size and len(tokens) and expected.host)
-            reading[sequence] = expected.host[: len(expected.host) - begun]
-            writing[sequence] = expected.host[len(expected.host) - begun :]
-        still_there = [key for keys in reading.values() for key in keys if findable.in_pool(key)]
-        kept = [block for block in findable.cached if findable.contents[block] in still_there]
-        findable.share(kept)
-        findable.take(len(after.keys() - owners.keys() - set(kept)), len(owners) + len(kept))
-        fetched = {key for keys in reading.values() for key in keys if not findable.in_pool(key)}
-        findable.restored += len(fetched) + sum(map(len, writing.values()))
-        for sequence, keys in reading.items():
-            table, expected = sequence.block_table.tolist(), self.expected[sequence]
-            first = len(tables[sequence]) - len(expected.host)
-            for i, key in enumerate(keys):
-                if isinstance(key, tuple):
-                    findable.contents[table[first + i]] = key
-            findable.let_go(keys)
+        findable, live = self.findable, len(owners)
         begun = []
         for sequence, tokens in new.items():
             column, offset = divmod(len(self.expected[sequence].tokens), self.block_size)
             if offset and len(tokens):
                 begun.append((sequence, tables[sequence][column], int(sequence.block_table[column])))
-        for old in dict.fromkeys(old for _, old, block in begun if old >= 0 and block != old):
-            if not after[old]:  # those who wait on the host need it
-                findable.release(old)
-        for sequence, old, _ in begun:
-            if old < 0:
-                findable.let_go(writing[sequence])
+        others = sum(len(sequence.block_table) - len(tables[sequence]) for sequence in new)
+        others += sum(old >= 0 and block != old for _, old, block in begun)
+
+        returning = []  # what is on the host: of whom, which key, in which block it is now, and who writes to it
+        for sequence in new:
+            host, writes = self.expected[sequence].host, (sequence, -1) in [(s, old) for s, old, _ in begun]
+            for i, block in enumerate(sequence.block_table[len(tables[sequence]) - len(host) :][: len(host)].tolist()):
+                returning.append((sequence, host[i], block, writes and i == len(host) - 1))
+        reserve = self.manager._pool.reserve
+        rounds = [returning[i : i + reserve] for i in range(0, len(returning), reserve or 1)] or [[]]
+        for some in rounds:
+            read = [key for _, key, _, writes in some if not writes]
+            still_there = [key for key in read if findable.in_pool(key)]
+            kept = [block for block in findable.cached if findable.contents[block] in still_there]
+            findable.share(kept)
+            fetched = len(set(read) - set(still_there)) + len(some) - len(read)
+            live += len(kept)
+            leaving = Counter(key for _, key, _, _ in some)
+            findable.num_lent = sum(findable.held[key] == count for key, count in leaving.items())
+            findable.take(fetched + (others if some is rounds[-1] else 0), live)
+            findable.restored += fetched
+            live += fetched
+            for _, key, block, writes in some:
+                if isinstance(key, tuple) and not writes:
+                    findable.contents[block] = key
+            for sequence in dict.fromkeys(sequence for sequence, *_ in some):
+                findable.let_go([key for s, key, _, writes in some if s is sequence and not writes])
+                findable.let_go([key for s, key, _, writes in some if s is sequence and writes])
+            findable.settle()
         for _, old, block in begun:
             if block == old:
                 findable.write(old)

@@ -65,7 +65,7 @@ def load(served: Served, path: Any, block_size: int = 0, num_blocks: int = 0, **
     block_size, num_blocks = block_size or served.block_size, num_blocks or served.cache.num_blocks
     loaded = Served(served.device, num_blocks, block_size, prefix_caching=options.get("prefix_caching", True))
     loaded.manager = KVCacheManager.load(loaded.cache, path, **options)
-    loaded.findable = Findable(num_blocks)
+    loaded.findable = Findable(num_blocks, loaded.block_size)
     blocks = found(loaded.manager)
     loaded.findable.contents = {block: key for key, block in blocks.items()}
     loaded.findable.cached = [block for run in loaded.manager._pool._line for block in reversed(run.blocks)]

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from served import Host, Served, rows_of
+from served import NUM_LAYERS, ROW, Host, Served, rows_of
 
 from cupy_pagedkv import KVCacheManager, LayeredPagedKVCache, OutOfBlocksError
 from cupy_pagedkv.bookkeeping.pool import BlockPool
@@ -239,21 +239,33 @@ def test_parked_sequences_can_be_forked_truncated_and_freed(served):
     assert counts(served)[0] == 0
 
 
-def test_who_writes_where_a_parked_sequence_knows_the_block_writes_to_a_copy(served):
+@pytest.mark.parametrize("full", [True, False])
+def test_who_writes_where_a_parked_sequence_knows_the_block_gets_it(served, moves, full):
+    """What was there is found on the host from now on, and the pool can be full."""
     writer = served.run(range(48))
-    parked = served.fork(writer)
+    parked, shorter = served.fork(writer), served.fork(writer)
+    served.truncate(shorter, 32)
+    served.free(served.run(range(80)))
+    served.free(served.run([*range(32), *range(100, 116)]))
     served.offload(parked)
+    served.offload(shorter)
     served.truncate(writer, 20)
-    copies = served.manager.stats().copies
-    served.append(writer, [5])
-    assert served.manager.stats().copies == copies + 1
-    served.free(writer)
+    other = served.run(range(200, 280 if full else 200))  # by which what only the pool has goes to the host
+    moves.clear()
+    served.append(writer, range(500, 511))
+    assert (moves, served.manager.stats().copies) == ([], 0)
+    again = served.add(range(81))
+    assert again.num_host_blocks == (4 if full else 2)
+    served.free(again)
+    served.free(other)
+    served.append(writer, [511])
+    served.append(shorter, [1, 2])
     served.append(parked, [1, 2])
+    assert [count for what, count in moves if what == "fetch"] == [1, 1]
     fork = served.fork(parked)
     served.truncate(fork, 20)
     served.free(parked)
     served.append(fork, [5])
-    assert served.manager.stats().copies == copies + 1, "nobody else knows the block now"
 
 
 def test_a_run_that_a_parked_sequence_remembers_is_not_joined(monkeypatch):
@@ -432,6 +444,51 @@ def test_a_failure_lets_go_of_what_the_pool_still_has(served, monkeypatch, fails
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("fails_at", [1, 2, 3, 4, 5, "staging"])
+def test_what_was_brought_back_before_a_failure_is_back(monkeypatch, fails_at, error):
+    """Two blocks at once change places with what the pool has; the host is full."""
+    monkeypatch.setattr("cupy_pagedkv.devices.backend.EMULATE", False)
+    monkeypatch.setattr("cupy_pagedkv.caches.tier._RESERVE_BYTES", 2 * 16 * 2 * NUM_LAYERS * ROW)
+    served = Served(Host(), 8, host_blocks=8)
+    parked = [served.run(range(start, start + 50)) for start in (0, 100)]
+    for sequence in parked:
+        served.offload(sequence)
+    served.free(served.run(range(200, 328)))
+    calls, fetch, zeros = 0, BlockMover.fetch, served.manager._staging.zeros
+
+    def fetching(mover: BlockMover, places: np.ndarray, blocks: np.ndarray) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == fails_at:
+            fetch(mover, places[:1], blocks[:1])
+            raise error("the device is full")
+        fetch(mover, places, blocks)
+
+    def failing(num_bytes: int) -> np.ndarray:
+        raise error("the host is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockMover, "fetch", fetching)
+        patch.setattr(served.manager._staging, "zeros", failing if fails_at == "staging" else zeros)
+        if fails_at != 5:
+            with pytest.raises(error):
+                served.manager.prepare({parked[0]: range(5), parked[1]: []})
+        else:
+            served.manager.rollback(served.manager.prepare({parked[0]: range(5), parked[1]: []}))
+    served.manager.check_integrity()
+    back = 8 if fails_at in (5, "staging") else 2 * (calls - 1)
+    assert [sequence.num_host_blocks for sequence in parked] == [4 - min(back, 4), 4 - max(0, back - 4)]
+    stats = served.manager.stats()
+    assert (stats.restored, stats.live_blocks, stats.live_host_blocks) == (back, back, 8 - back)
+    assert stats.cached_blocks + stats.cached_host_blocks <= 8
+    for i, sequence in enumerate(parked):
+        served.manager.commit(served.manager.prepare({sequence: []}))
+        got = served.cache.gather_all(sequence.block_table[None], [50])[0]
+        assert np.array_equal(got, rows_of(None, range(100 * i, 100 * i + 50))[0])
+    assert served.manager._pool._places.num_free + len(served.manager._pool._places.spare) <= 8
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
 def test_an_offload_that_fails_leaves_everything(served, monkeypatch, error):
     sequence = served.run(range(40))
     before = served.state()
@@ -481,7 +538,7 @@ def test_integrity_of_both_tiers(served):
     damaged("do not know each other",
             lambda: places._of_block.__setitem__(block, -1),
             lambda: places._of_block.__setitem__(block, place))  # fmt: skip
-    damaged("0 free blocks are counted, 0 stand in line, 1 are marked as free",
+    damaged("8 free blocks are counted, 8 stand in line, 9 are marked as free",
             lambda: places.allocator._is_free.__setitem__(0, True),
             lambda: places.allocator._is_free.__setitem__(0, False))  # fmt: skip
     in_line = pool._host_line.num_blocks
@@ -500,7 +557,7 @@ def test_integrity_of_both_tiers(served):
 def test_a_pool_of_blocks_without_a_device():
     """The bookkeeping alone, which is told nothing but numbers."""
     moved: list[tuple[list[int], list[int]]] = []
-    pool = BlockPool(2, 1, 3, lambda blocks, places: moved.append((blocks.tolist(), places.tolist())))
+    pool = BlockPool(2, 1, 3, 1, lambda blocks, places: moved.append((blocks.tolist(), places.tolist())))
     run = pool.root(None)
     blocks = pool.take(2)
     run = pool.remember(run, 0, blocks, b"the cat ")

@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from served import Host, Served, runs_of
+from served import NUM_LAYERS, ROW, Host, Served, runs_of
 
 from cupy_pagedkv import OutOfBlocksError
 
@@ -33,10 +33,11 @@ class Seldom(Served):
 
 
 @pytest.mark.parametrize(
-    ("block_size", "num_blocks", "host_blocks"),
-    [(1, 40, 0), (3, 60, 0), (4, 200, 0), (1, 30, 10), (3, 40, 60), (4, 80, 400)],
+    ("block_size", "num_blocks", "host_blocks", "reserve"),
+    [(1, 40, 0, 0), (3, 60, 0, 0), (4, 200, 0, 0), (1, 30, 10, 10), (3, 40, 60, 5), (4, 80, 400, 1)],
 )
-def test_a_long_history(rng, block_size, num_blocks, host_blocks):
+def test_a_long_history(monkeypatch, rng, block_size, num_blocks, host_blocks, reserve):
+    monkeypatch.setattr("cupy_pagedkv.caches.tier._RESERVE_BYTES", reserve * block_size * 2 * NUM_LAYERS * ROW)
     served = Seldom(Host(), num_blocks, block_size, host_blocks=host_blocks)
     happened: Counter[str] = Counter()
     runs = 0

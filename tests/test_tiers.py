@@ -73,34 +73,6 @@ def by_one_lru(lag: int, num_blocks: int, host_blocks: int) -> Counts:
     return hits, saved
 
 
-@cache
-def by_two_lrus(lag: int, num_blocks: int, host_blocks: int) -> Counts:
-    """The same, but what comes back from the host keeps its places there until it is in the pool: what makes room for
-    it, and for the rest of the prompt, finds that much less room on the host."""
-    pool: OrderedDict[Any, None] = OrderedDict()
-    host: OrderedDict[Any, None] = OrderedDict()
-    hits = saved = 0
-    for number, row in enumerate(traffic(lag)):
-        contents = contents_of(number, row)
-        found = found_of(row, contents, {**pool, **host})
-        hits, saved = hits + (found > 0), saved + found * BLOCK
-        returning = sum(content in host for content in contents[:found])
-        for content in contents[:found]:
-            pool.pop(content, host.pop(content, None))
-        for length in range(row[0], row[0] + row[1] + 1):
-            while len(pool) > num_blocks - -(-length // BLOCK):
-                content, _ = pool.popitem(last=False)
-                host[content] = None
-            while len(host) > host_blocks - returning:
-                host.popitem(last=False)
-            returning = 0
-            for content in contents[: length // BLOCK]:
-                pool.pop(content, host.pop(content, None))
-        pool.update(dict.fromkeys(reversed(contents)))
-    return hits, saved
-
-
-@cache
 def by_replay(lag: int, num_blocks: int, host_blocks: int) -> Counts:
     rows = traffic(lag)
     requests = [Request(0, prompt, output, tuple(ids)) for prompt, output, ids in rows]
@@ -124,23 +96,23 @@ def by_numpy(monkeypatch):
 def test_the_trace_hits_as_a_bounded_lru_over_both_tiers(num_blocks, host_blocks):
     expected = by_one_lru(0, num_blocks, host_blocks)
     assert by_replay(0, num_blocks, host_blocks) == expected
-    assert by_two_lrus(0, num_blocks, host_blocks) == expected
     # And it would be seen if the host were missing, or of another size.
     for other in {0, 300, 2000, 20_000} - {host_blocks}:
         assert by_one_lru(0, num_blocks, other) != expected
 
 
 @needs_trace
+@pytest.mark.parametrize("at_once", [1, 64, 10_000])
 @pytest.mark.parametrize(("lag", "num_blocks", "host_blocks"), [
     (3, 500, 0), (3, 500, 300), (3, 600, 1000), (10, 500, 2000), (10, 700, 2800), (20, 500, 3000),
 ])  # fmt: skip
-def test_requests_that_come_again(lag, num_blocks, host_blocks):
-    """Most prompts are somewhere on the host, and come back."""
-    expected = by_two_lrus(lag, num_blocks, host_blocks)
+def test_requests_that_come_again(monkeypatch, lag, num_blocks, host_blocks, at_once):
+    """Most prompts are somewhere on the host, and come back, so many blocks at once."""
+    monkeypatch.setattr("cupy_pagedkv.caches.tier._RESERVE_BYTES", at_once * 2 * BLOCK)
+    expected = by_one_lru(lag, num_blocks, host_blocks)
     assert by_replay(lag, num_blocks, host_blocks) == expected
-    assert expected[1] <= by_one_lru(lag, num_blocks, host_blocks)[1]
     for other in {0, host_blocks // 2, host_blocks * 2} - {host_blocks}:
-        assert by_two_lrus(lag, num_blocks, other) != expected
+        assert by_one_lru(lag, num_blocks, other) != expected
 
 
 @needs_trace

@@ -24,20 +24,23 @@ class Places:
     array([101,  -1], dtype=int32)
     """
 
-    def __init__(self, num_blocks: int, num_places: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, num_places: int, block_size: int, reserve: int = 0) -> None:
         self.first = num_blocks
         """The id of the first place, above those of all blocks."""
         self.total = num_places
-        self.allocator = BlockAllocator(num_places, block_size) if num_places else None
+        self.reserve = reserve
+        """Places more, which are lent while as many others are being left."""
+        self.num_lent = 0
+        self.allocator = BlockAllocator(num_places + reserve, block_size) if num_places else None
         self.spare: dict[int, None] = {}
         """Places that are paired and that nobody owns, those longest so first."""
         self._of_block = np.full(num_blocks if num_places else 0, -1, np.int32)
-        self._block_of = np.full(num_places, -1, np.int32)
+        self._block_of = np.full(num_places + reserve, -1, np.int32)
 
     @property
     def num_free(self) -> int:
-        """Places that hold nothing."""
-        return self.allocator.free_block_count if self.allocator else 0
+        """Places that hold nothing, and are not in reserve; fewer than none where some are still to be given back."""
+        return self.allocator.free_block_count - self.reserve + self.num_lent if self.allocator else 0
 
     def take(self, count: int) -> _Ids:
         """``count`` free places, in rising order, so that those side by side are copied at once."""

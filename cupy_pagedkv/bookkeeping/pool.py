@@ -5,9 +5,9 @@ others), and free + live + cached is always the whole pool.
 
 Where there is a second tier, cached blocks that are needed for others go to *places* in host memory, numbered on from
 the pool's blocks, and are found there. What comes back into the pool leaves its place as a *spare*: as long as nobody
-needs that for something else, the block can go again without a copy. Spares are given up first, so that pool and places
-together hold what one larger pool would; but places that are read when blocks come back are not there for what makes
-room in the pool for these.
+needs that for something else, the block can go again without a copy. Spares are given up first, and what makes room for
+blocks that come back is lent places of a reserve until these have left theirs: so pool and places together hold what
+one larger pool would.
 
 What is found is an exact trie, whose nodes are runs of blocks::
 
@@ -93,8 +93,8 @@ class BlockPool:
     the pool, but for :meth:`clear` and :meth:`check`, and for the growth of Python's dictionaries. A call that raises
     changes nothing, but that where ``store`` does, cached blocks on the host may be gone. Not thread-safe.
 
-    With ``num_places``, ``store(blocks, places)`` is to copy blocks of the pool to places in host memory, or to queue
-    that before whatever is written to these blocks next.
+    With ``num_places``, and a ``reserve`` of more, ``store(blocks, places)`` is to copy blocks of the pool to places in
+    host memory, or to queue that before whatever is written to these blocks next.
     """
 
     def __init__(
@@ -102,13 +102,14 @@ class BlockPool:
         num_blocks: int,
         block_size: int,
         num_places: int = 0,
+        reserve: int = 0,
         store: Callable[[_Blocks, _Blocks], object] = lambda blocks, places: None,
     ) -> None:
         self._allocator = BlockAllocator(num_blocks, block_size)
-        self._places = Places(num_blocks, num_places, block_size)
+        self._places = Places(num_blocks, num_places, block_size, reserve)
         self._store = store
         self._bytes = 4 * block_size  # of the tokens of a block
-        self._owners = np.zeros(num_blocks + num_places, np.int32)  # of places, too
+        self._owners = np.zeros(num_blocks + num_places + reserve, np.int32)  # of places, too
         self._roots: WeakValueDictionary[tuple[type, Salt], Run] = WeakValueDictionary()
         self._line = _Line()
         self._host_line = _Line()
@@ -118,6 +119,8 @@ class BlockPool:
         self.evictions = 0
         self.offloaded = 0
         """Blocks that were copied to the host."""
+        self.restored = 0
+        """Blocks that were copied from there."""
         self.lost = 0
         """Cached blocks that made room for others, and are found no more, in the pool or on the host."""
 
@@ -137,6 +140,11 @@ class BlockPool:
         return self._places.total
 
     @property
+    def num_ids(self) -> int:
+        """Blocks, and places, those of the reserve among them."""
+        return len(self._owners)
+
+    @property
     def num_cached_places(self) -> int:
         """Places that nobody owns, and that hold what is found nowhere else."""
         return self._host_line.num_blocks
@@ -151,14 +159,18 @@ class BlockPool:
         """Blocks that :meth:`take` could give at once: the free and the cached ones."""
         return self._allocator.free_block_count + self._line.num_blocks
 
-    def take(self, count: int) -> _Blocks:
+    def take(self, count: int, leaving: int = 0) -> _Blocks:
         """``count`` blocks with one owner each, all or none; cached ones, the one longest without an owner first, where
         there are not enough free ones: these go to the host, as far as there is room. Raises
-        :class:`~cupy_pagedkv.OutOfBlocksError`, and what ``store`` does."""
+        :class:`~cupy_pagedkv.OutOfBlocksError`, and what ``store`` does.
+
+        Where ``leaving`` places, no more than the reserve, are about to be let go of, there is room as if they had
+        been: :meth:`settle` is to be called once they are, or if they are not."""
         if count > self.num_available:
             raise OutOfBlocksError(count, self.num_available, self.num_blocks)
         missing = count - self._allocator.free_block_count
         if missing > 0:
+            self._places.num_lent = leaving
             self._evict(missing)
             self.evictions += missing
         blocks = self._allocator.allocate(count)
@@ -233,9 +245,28 @@ class BlockPool:
         self.release(ours, 0, run, min(known, in_pool))
         return np.concatenate([places, blocks[in_pool:]])
 
+    def settle(self) -> None:
+        """Give back places to the reserve that were lent; of spares, and of what is cached on the host."""
+        self._places.num_lent = 0
+        self._make_room_on_host(0)
+
+    @property
+    def reserve(self) -> int:
+        """Places beside :attr:`num_places`."""
+        return self._places.reserve
+
+    def num_leaving(self, places: _Blocks) -> int:
+        """How many of ``places`` nobody owns any more, once one owner for each item has let go."""
+        distinct, counts = np.unique(places, return_counts=True)
+        return int(np.count_nonzero(self._owners[distinct] == counts))
+
     def blocks_of(self, places: _Blocks) -> _Blocks:
         """The blocks of the pool that hold what the places do, or −1."""
         return self._places.blocks_of(places)
+
+    def places_of(self, blocks: _Blocks) -> _Blocks:
+        """The places that hold what the blocks do, or −1."""
+        return self._places.of(blocks)
 
     def num_to_keep(self, blocks: _Blocks) -> int:
         """How many of ``blocks`` are cached, and so count as available."""
@@ -261,18 +292,15 @@ class BlockPool:
         self._places.pair(blocks[:count], places[:count])
         self._release_places(places, first, None, 0)
 
-    def writers_that_copy(self, blocks: _Blocks) -> list[int]:
-        """Which of the owners that are about to write to ``blocks``, one for each item, must write to a copy instead.
+    def writers_that_copy(self, blocks: _Blocks, more: npt.NDArray[np.int64] | int = 0) -> list[int]:
+        """Which of the owners that are about to write to ``blocks``, one for each item, must write to a copy instead,
+        when each block has got ``more`` owners.
 
-        The last owner of a block writes to the block itself, if all others are about to write, too. Whoever owns the
-        block's place on the host has to find there, and on the way there, what it knows.
+        The last owner of a block writes to the block itself, if all others are about to write, too.
         """
         left: dict[int, int] = {}
         copying = []
-        owners_of = self._owners[blocks]
-        if self.num_places:
-            places = self._places.of(blocks)
-            owners_of = owners_of + ((places >= 0) & (self._owners[places] > 0))
+        owners_of = self._owners[blocks] + more
         for i in np.flatnonzero(owners_of > 1).tolist():
             block = int(blocks[i])
             owners = left.get(block, int(owners_of[i]))
@@ -331,26 +359,31 @@ class BlockPool:
         """Let ``block``, the last of the prefix of ``column + 1`` that ends at ``run``, be found no more, because its
         only owner will write something else to it, nor what came behind it.
 
-        The latter can only be cached, since who owns a block owns those before it, or twins of theirs; it is freed.
-        Nobody owns the block's place on the host.
+        The latter can only be cached, since who owns a block owns those before it, or twins of theirs; it is freed. But
+        what is owned on the host, by sequences that are parked, is found there from now on.
         """
         run = run.at(column + 1)
         if self._leave_to_twin(run, column, block):
             return
         assert column + 1 == run.end
-        unreachable: dict[bool, array[int]] = {False: array("i"), True: array("i")}
-        behind = [*run.children.values()]
-        run.children.clear()
-        while behind:
-            gone = behind.pop()
-            behind += gone.children.values()
-            gone.children.clear()  # or runs and their parents would keep each other
-            self._line_of(gone).remove(gone)
-            unreachable[gone.on_host] += gone.blocks
-        self._shorten(run, 1)
-        self._free_spares(np.array([*unreachable[False], block], np.int32))
-        self._allocator.free(np.array(unreachable[False], np.int32))
-        self._places.free(np.array(unreachable[True], np.int32))
+        if column > run.first:
+            self._split(run, column)
+        leaving = array("i")
+        staying = [run]
+        for at in staying:  # which grows
+            blocks = np.array(at.blocks, np.int32)
+            places = self._places.of(blocks)
+            owned = int(np.count_nonzero(self._owners[places[places >= 0]]))  # the first ones
+            if owned < len(blocks):
+                leaving += self._drop_from(at, owned)
+            else:
+                staying += [child for child in at.children.values() if not child.on_host]
+            if owned:
+                if at is not run:
+                    self._line.remove(at)
+                leaving += at.blocks
+                at.blocks, at.on_host = array("i", self._places.part(blocks[:owned]).tobytes()), True
+        self._allocator.free(np.array(leaving, np.int32)[1:])  # all but `block`
 
     def tokens_at(self, run: Run, column: int) -> npt.NDArray[np.int32]:
         """The tokens of block ``column`` of a prefix that ends at ``run``."""
@@ -381,7 +414,7 @@ class BlockPool:
         is_free = self._allocator._is_free
         if places.allocator:
             is_free = np.concatenate([is_free, places.allocator._is_free])
-            ids = np.arange(places.first, places.first + places.total, dtype=np.int32)
+            ids = np.arange(places.first, self.num_ids, dtype=np.int32)
             paired, owned = places.blocks_of(ids) >= 0, self._owners[ids] > 0
             if set(ids[paired & ~owned].tolist()) != places.spare.keys():
                 raise RuntimeError(f"{len(places.spare)} places are spare, {ids[paired & ~owned].tolist()} should be")
@@ -506,11 +539,7 @@ class BlockPool:
         for place in spares:
             del self._places.spare[place]
         count = len(blocks)
-        self._places.give_up_spares(count - self._places.num_free)
-        missing = count - self._places.num_free
-        if missing > 0:
-            self._places.free(self._drop(self._host_line, missing))
-            self.lost += missing
+        self._make_room_on_host(count)
         places = self._places.take(count)
         if count:
             try:
@@ -521,6 +550,14 @@ class BlockPool:
                 raise
         self.offloaded += count
         return places
+
+    def _make_room_on_host(self, count: int) -> None:
+        """Let ``count`` places be free: spare ones, and then cached ones, the oldest first."""
+        self._places.give_up_spares(count - self._places.num_free)
+        missing = count - self._places.num_free
+        if missing > 0:
+            self._places.free(self._drop(self._host_line, missing))
+            self.lost += missing
 
     def _release_places(self, places: _Blocks, first: int, run: Run | None, known: int) -> None:
         """Of :meth:`release` what is on the host."""
@@ -575,6 +612,23 @@ class BlockPool:
         else:
             del run.blocks[-count:], run.tokens[-count * self._bytes :]
             line.num_blocks -= count * is_cached
+
+    def _drop_from(self, run: Run, count: int) -> "array[int]":
+        """Let all but the first ``count`` blocks of a run, and what lies behind, be found no more; nobody owns places
+        of theirs, which are freed. Returns the blocks of the pool."""
+        unreachable = {False: run.blocks[count:], True: array("i")}
+        behind = [*run.children.values()]
+        run.children.clear()
+        while behind:
+            gone = behind.pop()
+            behind += gone.children.values()
+            gone.children.clear()  # or runs and their parents would keep each other
+            self._line_of(gone).remove(gone)
+            unreachable[gone.on_host] += gone.blocks
+        self._shorten(run, len(run.blocks) - count)
+        self._free_spares(np.array(unreachable[False], np.int32))
+        self._places.free(np.array(unreachable[True], np.int32))
+        return unreachable[False]
 
     def _same(self, run: Run, column: int, tokens: bytes, start: int) -> int:
         """How many blocks of a run, from ``column`` on, hold what ``tokens`` have from ``start`` on."""

@@ -58,7 +58,7 @@ from . import files
 from .batch import Batch, BatchBuffers
 from .cache import LayeredPagedKVCache
 from .sequence import CachedSequence
-from .tier import BlockMover, Returning, block_bytes
+from .tier import BlockMover, Returning, block_bytes, places_in_reserve
 
 __all__ = ["CachedSequence", "KVCacheManager", "KVCacheStats"]
 
@@ -122,16 +122,17 @@ class KVCacheManager:
     With ``prefix_caching``, a new sequence shares the full blocks that hold its first tokens already, whether their
     sequence lives or is gone. A match is exact: all tokens before the block, and the salt, are compared, not hashed.
 
-    A call that raises leaves everything as it was, but for what :meth:`prepare` and
-    :meth:`CachedSequence.offload` say. Not thread-safe. The cost of a
-    call depends on what it is given, not on the size of the pool or on how many sequences there are, but for
-    :meth:`check_integrity`, :meth:`reset_prefix_cache` and, now and then, the growth of its own tables.
+    A call that raises leaves everything as it was, but for what :meth:`prepare` and :meth:`CachedSequence.offload` say.
+    Not thread-safe. The cost of a call depends on what it is given, not on the size of the pool or on how many
+    sequences there are, but for :meth:`check_integrity`, :meth:`reset_prefix_cache` and, now and then, the growth of
+    its own tables.
 
     With ``host_blocks``, host memory has room for so many blocks more, or as many as fit in ``host_bytes``, pinned
     where the cache is on a GPU. Cached blocks that are evicted go there, the least recently used ones make room for
     them, and ``add`` finds them there, too; and :meth:`CachedSequence.offload` parks a sequence. :meth:`prepare` brings
-    back what its sequences need. All copies of a call go at once; on a GPU they travel on a stream of their own, and
-    the current stream waits for what comes back, and for what the same call sends before that.
+    back what its sequences need, and it and what makes room for it change places 32 MiB at a time, for which there is
+    as much memory more. On a GPU copies travel on streams of their own, and the current stream waits for what comes
+    back.
 
     A cache has one manager, and nobody else hands out its blocks. Raises ``TypeError`` for another kind of cache, and
     ``ValueError`` for one that has blocks in its own block table, for negative ``host_blocks``, and for ``host_bytes``
@@ -170,17 +171,18 @@ class KVCacheManager:
             host_blocks = num_bytes // block_bytes(cache)
             if not host_blocks:
                 raise ValueError(f"host_bytes is {num_bytes}, but a block takes {block_bytes(cache)} bytes")
-        if host_blocks > MAX_BLOCKS - cache.num_blocks:
+        reserve = places_in_reserve(cache, host_blocks)
+        if host_blocks > MAX_BLOCKS - cache.num_blocks - reserve:
             raise ValueError(f"host_blocks and the pool's {cache.num_blocks} must be {MAX_BLOCKS} at most, together")
-        self._mover = BlockMover(cache, host_blocks) if host_blocks else None
+        self._mover = BlockMover(cache, host_blocks + reserve) if host_blocks else None
         store = {"store": self._mover.store} if self._mover else {}
-        self._pool = BlockPool(cache.num_blocks, cache.block_size, host_blocks, **store)
+        self._pool = BlockPool(cache.num_blocks, cache.block_size, host_blocks, reserve, **store)
         self._rows = SequenceRows(cache.block_size, cache.num_blocks)
         self._sequences: set[CachedSequence] = set()
         self._named: dict[str, CachedSequence] = {}
         self._batches: set[Batch] = set()
         self._uncounted: set[CachedSequence] = set()  # whose prompts have not grown yet
-        self._prompts = self._hits = self._prompt_tokens = self._tokens_saved = self._copies = self._restored = 0
+        self._prompts = self._hits = self._prompt_tokens = self._tokens_saved = self._copies = 0
 
     @property
     def sequences(self) -> tuple[CachedSequence, ...]:
@@ -255,7 +257,8 @@ class KVCacheManager:
         Raises :class:`~cupy_pagedkv.OutOfBlocksError` if the blocks do not suffice for all of them; its ``free`` counts
         cached blocks, too. Raises ``ValueError`` for sequences that are freed, of another manager or in an open batch,
         and for buffers that are another manager's, in use or too small; ``TypeError`` and ``ValueError`` for what are
-        no tokens. If a device fails, cached blocks may be gone, and buffers hold anything; all else is as it was.
+        no tokens. If a device fails, cached blocks may be gone, what was in host memory may be back, and buffers hold
+        anything; all else is as it was.
         """
         if not isinstance(new_tokens, Mapping):
             raise TypeError(f"expected {{sequence: its new tokens}}, got {type(new_tokens).__name__}")
@@ -271,22 +274,26 @@ class KVCacheManager:
         owners, columns = self._rows.missing(new)
         writers, begun_columns = self._rows.begun(new)
         begun = self._rows.blocks_at(in_rows[writers], begun_columns)
-        in_pool = begun < self._pool.num_blocks  # and not on the host
-        copying = np.flatnonzero(in_pool)[self._pool.writers_that_copy(begun[in_pool])].tolist()
+        if self._mover is not None and self._rows.on_host[in_rows].any():
+            in_pool = np.flatnonzero(begun < self._pool.num_blocks)
+            back = Returning(self._pool, self._rows, sequences, in_rows, writers)
+            copying = self._pool.writers_that_copy(begun[in_pool], back.owners_of(begun[in_pool]))
+            copying = in_pool[copying].tolist()
+            taken = back.take(len(owners) + len(copying), self._mover)
+            begun = self._rows.blocks_at(in_rows[writers], begun_columns)
+        else:
+            copying = self._pool.writers_that_copy(begun)
+            taken = self._pool.take(len(owners) + len(copying))
         copied = begun[copying]
-        back = Returning(self._pool, self._rows, sequences, in_rows, writers)
-        taken = back.take(len(owners) + len(copied))
-        blocks = np.concatenate([taken, back.blocks])
         try:
-            back.fetch(self._mover)
             self._rows.widen(max_blocks)
-            owners = np.concatenate([owners, writers[copying], back.owners])
-            columns = np.concatenate([columns, begun_columns[copying], back.columns])
+            owners = np.concatenate([owners, writers[copying]])
+            columns = np.concatenate([columns, begun_columns[copying]])
             sizes = (len(sequences), len(tokens), max_blocks, len(copied)) if buffers is None else buffers._sizes
             host = BatchBuffers(self._staging.zeros(BatchBuffers.num_bytes(*sizes)), *sizes)
             tables = host.block_tables[: len(sequences), :max_blocks]
             self._rows.copy_tables(in_rows, tables)
-            tables[owners, columns] = blocks
+            tables[owners, columns] = taken
             host._fill(new, self._block_size)
             host._copies[:, : len(copied)] = copied, taken[len(taken) - len(copied) :]
             memory = self._staging.send(host._memory, self._place, None if buffers is None else buffers._memory)
@@ -295,19 +302,16 @@ class KVCacheManager:
                 self._cache.copy_blocks(*arrays._copies[:, : len(copied)])
         except BaseException:
             self._pool.release(taken)
-            back.give_up()
             raise
 
-        self._rows.put(new, owners, columns, blocks)
-        back.finish()
-        self._restored += back.num_fetched
+        self._rows.put(new, owners, columns, taken)
         truncated = self._rows.known[in_rows[writers]] > begun_columns  # within a block that is found
-        for i in [*copying, *np.flatnonzero(~in_pool).tolist()]:  # one by one: two may have copied one block
+        for i in copying:  # one by one: two may have copied one block
             column, run = int(begun_columns[i]), sequences[writers[i]]._run
             self._pool.release(begun[i : i + 1], column, run, column + 1 if truncated[i] else 0)
         for i in np.flatnonzero(truncated).tolist():
             self._rows.known[in_rows[writers[i]]] = begun_columns[i]
-            if in_pool[i] and i not in copying:  # its only owner is about to write to it
+            if i not in copying:  # its only owner is about to write to it
                 self._pool.forget(sequences[writers[i]]._run, int(begun_columns[i]), int(begun[i]))
         self._copies += len(copied)
         batch = Batch(self, sequences, new, arrays, self._block_size)
@@ -342,8 +346,8 @@ class KVCacheManager:
         """Drop a batch: its sequences are what they were before, whatever the layers have written.
 
         A copy of a shared block is kept, by the sequence that it was made for: a fork may own one block more. What came
-        back from host memory stays in the pool. Cached
-        blocks that ``prepare`` took do not come back, nor is a block found again that the batch was about to write to.
+        back from host memory stays in the pool. Cached blocks that ``prepare`` took do not come back, nor is a block
+        found again that the batch was about to write to.
 
         Raises ``ValueError`` for a batch that has ended already or is another manager's.
         """
@@ -440,8 +444,8 @@ class KVCacheManager:
         manager = cls(cache, prefix_caching=prefix_caching, host_blocks=host_blocks, host_bytes=host_bytes)
         files.load(manager, path, fingerprint=fingerprint, salvage=salvage)
         manager._uncounted.clear()
-        manager._prompts = manager._hits = manager._prompt_tokens = manager._tokens_saved = manager._restored = 0
-        manager._pool.evictions = manager._pool.offloaded = manager._pool.lost = 0
+        manager._prompts = manager._hits = manager._prompt_tokens = manager._tokens_saved = 0
+        manager._pool.evictions = manager._pool.offloaded = manager._pool.restored = manager._pool.lost = 0
         return manager
 
     def stats(self) -> KVCacheStats:
@@ -463,13 +467,13 @@ class KVCacheManager:
             live_host_blocks=pool.num_places - pool.num_available_places,
             cached_host_blocks=pool.num_cached_places,
             offloaded=pool.offloaded,
-            restored=self._restored,
+            restored=pool.restored,
         )
 
     def check_integrity(self) -> None:
         """Raise ``RuntimeError`` unless all adds up: free + live + cached blocks are the pool, each live block is in as
         many tables as it counts owners, and what is found is where it is said to be. Walks the whole pool."""
-        owners = np.zeros(self._pool.num_blocks + self._pool.num_places, np.int64)
+        owners = np.zeros(self._pool.num_ids, np.int64)
         prefixes = []
         for sequence in self._sequences:
             row = sequence._row

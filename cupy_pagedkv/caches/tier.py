@@ -13,14 +13,22 @@ from ..operations.copies import gather_cache, reshape_and_cache
 from .cache import LayeredPagedKVCache
 from .sequence import CachedSequence
 
-__all__ = ["BlockMover", "Returning", "block_bytes"]
+__all__ = ["BlockMover", "Returning", "block_bytes", "places_in_reserve"]
 
 _Ids: TypeAlias = npt.NDArray[np.int32]
+
+_RESERVE_BYTES = 2**25
 
 
 def block_bytes(cache: LayeredPagedKVCache) -> int:
     """Bytes of K and V of a block in all layers."""
     return 2 * len(cache) * int(cache[0].k_cache.nbytes) // cache.num_blocks
+
+
+def places_in_reserve(cache: LayeredPagedKVCache, host_blocks: int) -> int:
+    """How many places more there are to be for blocks that leave while others are on their way back: what travels at
+    once."""
+    return min(cache.num_blocks, host_blocks, max(1, _RESERVE_BYTES // block_bytes(cache)))
 
 
 class BlockMover:
@@ -76,11 +84,10 @@ class BlockMover:
 
 
 class Returning:
-    """What some sequences have on the host, on its way back into the pool: :meth:`take`, :meth:`fetch`, and then
-    :meth:`finish`, or else :meth:`give_up`.
+    """What some sequences have on the host, on its way back into the pool.
 
     Sequences that have the same places get the same blocks, and those that the pool still has. A begun block that its
-    owner is about to write to becomes a block of its own.
+    owner is about to write to, one of ``writers``, becomes a block of its own.
     """
 
     def __init__(
@@ -92,88 +99,94 @@ class Returning:
         writers: npt.NDArray[np.int64],
     ) -> None:
         self._pool, self._rows = pool, rows
-        self._parts = []
+        self._rounds: list[list[_Part]] = [[]]  # of as many places as are in reserve
         writing = set(writers.tolist())
+        room = pool.reserve
         for i in np.flatnonzero(rows.on_host[in_rows]).tolist():
             row = int(in_rows[i])
             table = rows.blocks(row)
-            first = int(np.count_nonzero(table < pool.num_blocks))
-            self._parts.append(_Part(i, row, sequences[i]._run, first, table[first:], int(i in writing)))
-        self.owners = np.concatenate([_NONE, *(np.full(len(part.places), part.index) for part in self._parts)])
-        """Of each block that comes back: whose it is, as a place in ``sequences``."""
-        self.columns = np.concatenate([_NONE, *(part.first + np.arange(len(part.places)) for part in self._parts)])
-        """Where it is in the block table."""
-        self.blocks = _NONE.astype(np.int32)
-        """And which it is, once there is room."""
-        self._fetched = self.blocks, self.blocks  # places and blocks
+            column = int(np.count_nonzero(table < pool.num_blocks))
+            while column < len(table):
+                if not room:
+                    self._rounds.append([])
+                    room = pool.reserve
+                places = table[column : column + room]
+                room -= len(places)
+                writes = int(i in writing and column + len(places) == len(table))
+                self._rounds[-1].append(_Part(row, sequences[i]._run, column, places, writes))
+                column += len(places)
+        parts = [part for parts in self._rounds for part in parts]
+        self._read = np.concatenate([_NONE, *(part.read for part in parts)])
+        self._num_written = sum(len(part.written) for part in parts)
 
-    @property
-    def num_fetched(self) -> int:
-        """Blocks that are copied."""
-        return len(self._fetched[0])
+    def owners_of(self, blocks: _Ids) -> npt.NDArray[np.int64]:
+        """How many of the sequences are going to share each of these blocks of the pool."""
+        read, places = np.sort(self._read), self._pool.places_of(blocks)
+        return read.searchsorted(places, "right") - read.searchsorted(places)
 
-    def take(self, count: int) -> _Ids:
-        """``count`` blocks of the pool for something else, and room for what comes back: all or none."""
+    def take(self, count: int, mover: BlockMover) -> _Ids:
+        """Bring back everything, and take ``count`` blocks of the pool for something else.
+
+        Raises :class:`~cupy_pagedkv.OutOfBlocksError`, and then has done nothing. If a device fails, some of it is
+        back.
+        """
         pool = self._pool
-        if not self._parts:
-            return pool.take(count)
-        read = np.concatenate([part.read for part in self._parts])
-        found = pool.blocks_of(read)
-        fresh, written = np.unique(read[found < 0]), [part.written for part in self._parts]
-        places = np.concatenate([fresh, *written])
-        wanted = count + len(places) + pool.num_to_keep(found[found >= 0])
+        found = pool.blocks_of(self._read)
+        fresh = len(np.unique(self._read[found < 0]))
+        wanted = count + fresh + self._num_written + pool.num_to_keep(found[found >= 0])
         if wanted > pool.num_available:
             raise OutOfBlocksError(wanted, pool.num_available, pool.num_blocks)
-        for part in self._parts:
-            of_part = pool.blocks_of(part.read)
-            part.kept = of_part[of_part >= 0]  # the first ones, since what is behind goes to the host first
-            pool.share(part.kept, part.run, part.first + len(part.kept), part.first)
+        *first, last = self._rounds
+        for parts in first:
+            self._bring_back(parts, 0, mover)
+        return self._bring_back(last, count, mover)
+
+    def _bring_back(self, parts: "list[_Part]", count: int, mover: BlockMover) -> _Ids:
+        pool, rows = self._pool, self._rows
+        for part in parts:
+            found = pool.blocks_of(part.read)
+            part.kept = found[found >= 0]  # the first ones, since what is behind goes to the host first
+            pool.share(part.kept, part.run, part.column + len(part.kept), part.column)
+        fresh = np.unique(np.concatenate([_NONE, *(part.read[len(part.kept) :] for part in parts)]))
+        places = np.concatenate([fresh, *(part.written for part in parts)]).astype(np.int32)
+        taken = _NONE.astype(np.int32)
         try:
-            taken = pool.take(count + len(places))
+            leaving = pool.num_leaving(np.concatenate([_NONE, *(part.places for part in parts)]))
+            taken = pool.take(count + len(places), leaving)
+            blocks = taken[count:]
+            if len(places):
+                mover.fetch(places, blocks)
         except BaseException:
-            self._let_go_of_kept()
+            pool.release(taken)
+            for part in parts:
+                pool.release(part.kept, part.column, part.run, part.column + len(part.kept))
+            pool.settle()
             raise
-        taken, blocks = taken[:count], taken[count:]
-        self._fetched = places, blocks
-        begun = iter(blocks[len(fresh) :])
-        for part in self._parts:
+
+        begun = iter(blocks[len(fresh) :].tolist())
+        for part in parts:
             new = blocks[np.searchsorted(fresh, part.read[len(part.kept) :])]
-            part.blocks = np.concatenate([part.kept, new, [next(begun) for _ in part.written]]).astype(np.int32)
-        self.blocks = np.concatenate([part.blocks for part in self._parts])
-        return taken
-
-    def fetch(self, mover: BlockMover | None) -> None:
-        """Copy, or queue the copies."""
-        if mover is not None and self.num_fetched:
-            mover.fetch(*self._fetched)
-
-    def give_up(self) -> None:
-        """Nothing comes back."""
-        self._pool.release(self._fetched[1])
-        self._let_go_of_kept()
-
-    def finish(self) -> None:
-        """The tables have the blocks. Begun blocks that are about to be written to leave their places to the caller."""
-        if not self._parts:
-            return
-        self._pool.divide(np.concatenate([part.blocks[len(part.kept) : len(part.read)] for part in self._parts]))
-        for part in self._parts:
-            known = min(int(self._rows.known[part.row]), part.first + len(part.read))
-            self._pool.come_back(part.run, known, part.first, part.read, part.blocks[: len(part.read)])
-            self._rows.on_host[part.row] = False
-
-    def _let_go_of_kept(self) -> None:
-        for part in self._parts:
-            self._pool.release(part.kept, part.first, part.run, part.first + len(part.kept))
+            part.blocks = np.concatenate([part.kept, new])
+            rows.replace(part.row, part.column, np.append(part.blocks, [next(begun) for _ in part.written]))
+        pool.divide(np.concatenate([_NONE, *(part.blocks[len(part.kept) :] for part in parts)]))
+        for part in parts:
+            known, end = int(rows.known[part.row]), part.column + len(part.read)
+            pool.come_back(part.run, min(known, end), part.column, part.read, part.blocks)
+            if len(part.written):
+                pool.release(part.written, end, part.run, known)
+                rows.known[part.row] = min(known, end)
+        pool.settle()
+        pool.restored += len(places)
+        return taken[:count]
 
 
 class _Part:
-    """What one sequence has on the host."""
+    """What comes back at once of what one sequence has on the host."""
 
-    def __init__(self, index: int, row: int, run: Run, first: int, places: _Ids, writes: int) -> None:
-        self.index, self.row, self.run = index, row, run
-        self.first = first
-        """Blocks of its table before these."""
+    def __init__(self, row: int, run: Run, column: int, places: _Ids, writes: int) -> None:
+        self.row, self.run = row, run
+        self.column = column
+        """Of the first of these in its table."""
         self.places = places
         self.read, self.written = places[: len(places) - writes], places[len(places) - writes :]
         self.kept: _Ids
