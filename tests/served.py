@@ -366,8 +366,12 @@ class Served:
             host, writes = self.expected[sequence].host, (sequence, -1) in [(s, old) for s, old, _ in begun]
             for i, block in enumerate(sequence.block_table[len(tables[sequence]) - len(host) :][: len(host)].tolist()):
                 returning.append((sequence, host[i], block, writes and i == len(host) - 1))
-        reserve = self.manager._pool.reserve
-        rounds = [returning[i : i + reserve] for i in range(0, len(returning), reserve or 1)] or [[]]
+        at_once = max(1, len(returning))
+        if live + others + len(returning) - (findable.num_blocks - len(findable.cached)) > (
+            findable.num_places - len(findable.held) - len(findable.cached_on_host)
+        ):  # what leaves the pool has to take the places of what comes back
+            at_once = max(1, self.manager._pool.reserve)
+        rounds = [returning[i : i + at_once] for i in range(0, len(returning), at_once)] or [[]]
         for some in rounds:
             read = [key for _, key, _, writes in some if not writes]
             still_there = [key for key in read if findable.in_pool(key)]
@@ -377,6 +381,7 @@ class Served:
             live += len(kept)
             leaving = Counter(key for _, key, _, _ in some)
             findable.num_lent = sum(findable.held[key] == count for key, count in leaving.items())
+            findable.num_lent = min(findable.num_lent, self.manager._pool.reserve)
             findable.take(fetched + (others if some is rounds[-1] else 0), live)
             findable.restored += fetched
             live += fetched

@@ -119,7 +119,8 @@ def test_the_freed_tail_comes_back_before_the_head(served):
     assert second.block_table.tolist() == [5, 6, 7]
     served.free(first)
     served.free(second)
-    assert served.run(range(200, 310)).block_table.tolist() == [8, 9, 4, 3, 2, 1, 0]
+    assert served.run(range(200, 264)).block_table.tolist() == [3, 4, 8, 9], "and in rising order"
+    assert served.run(range(300, 348)).block_table.tolist() == [0, 1, 2]
     assert served.manager.stats().evictions == 5
     assert served.add(range(100, 149)).num_cached_tokens == 48
 
@@ -127,7 +128,7 @@ def test_the_freed_tail_comes_back_before_the_head(served):
 def test_blocks_that_hold_nothing_findable_come_back_tail_first(served):
     served = Served(Host(), 4, prefix_caching=False)
     served.free(served.run(range(64)))
-    assert served.run(range(64)).block_table.tolist() == [3, 2, 1, 0]
+    assert [served.run(range(16)).block_table.tolist() for _ in range(4)] == [[3], [2], [1], [0]]
 
 
 def test_a_hit_takes_blocks_out_of_the_queue_and_evicts_nothing(served):

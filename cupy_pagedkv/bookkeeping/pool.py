@@ -164,16 +164,16 @@ class BlockPool:
         there are not enough free ones: these go to the host, as far as there is room. Raises
         :class:`~cupy_pagedkv.OutOfBlocksError`, and what ``store`` does.
 
-        Where ``leaving`` places, no more than the reserve, are about to be let go of, there is room as if they had
-        been: :meth:`settle` is to be called once they are, or if they are not."""
+        Where ``leaving`` places are about to be let go of, there is room as if they had been, as far as the reserve
+        goes: :meth:`settle` is to be called once they are, or if they are not."""
         if count > self.num_available:
             raise OutOfBlocksError(count, self.num_available, self.num_blocks)
         missing = count - self._allocator.free_block_count
         if missing > 0:
-            self._places.num_lent = leaving
+            self._places.num_lent = min(leaving, self._places.reserve)
             self._evict(missing)
             self.evictions += missing
-        blocks = self._allocator.allocate(count)
+        blocks = np.sort(self._allocator.allocate(count))  # those side by side are copied at once
         self._owners[blocks] = 1
         return blocks
 
@@ -245,6 +245,10 @@ class BlockPool:
         self.release(ours, 0, run, min(known, in_pool))
         return np.concatenate([places, blocks[in_pool:]])
 
+    def has_room_for(self, count: int) -> bool:
+        """Whether ``count`` blocks can be taken, and what must leave for them goes to the host, without a loss."""
+        return count - self._allocator.free_block_count <= self._places.num_free + len(self._places.spare)
+
     def settle(self) -> None:
         """Give back places to the reserve that were lent; of spares, and of what is cached on the host."""
         self._places.num_lent = 0
@@ -274,8 +278,8 @@ class BlockPool:
 
     def divide(self, blocks: _Blocks) -> None:
         """Let each of ``blocks``, which were just taken, have as many owners as times that it is in there."""
-        distinct, counts = np.unique(blocks, return_counts=True)
-        self._owners[distinct] = counts
+        self._owners[blocks] = 0
+        np.add.at(self._owners, blocks, 1)
 
     def come_back(self, run: Run, known: int, first: int, places: _Blocks, blocks: _Blocks) -> None:
         """What a sequence has in ``places`` from its block ``first`` on is in the live ``blocks``, which it owns, now,

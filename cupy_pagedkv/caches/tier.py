@@ -99,25 +99,15 @@ class Returning:
         writers: npt.NDArray[np.int64],
     ) -> None:
         self._pool, self._rows = pool, rows
-        self._rounds: list[list[_Part]] = [[]]  # of as many places as are in reserve
+        self._parts = []
         writing = set(writers.tolist())
-        room = pool.reserve
         for i in np.flatnonzero(rows.on_host[in_rows]).tolist():
             row = int(in_rows[i])
             table = rows.blocks(row)
             column = int(np.count_nonzero(table < pool.num_blocks))
-            while column < len(table):
-                if not room:
-                    self._rounds.append([])
-                    room = pool.reserve
-                places = table[column : column + room]
-                room -= len(places)
-                writes = int(i in writing and column + len(places) == len(table))
-                self._rounds[-1].append(_Part(row, sequences[i]._run, column, places, writes))
-                column += len(places)
-        parts = [part for parts in self._rounds for part in parts]
-        self._read = np.concatenate([_NONE, *(part.read for part in parts)])
-        self._num_written = sum(len(part.written) for part in parts)
+            self._parts.append(_Part(row, sequences[i]._run, column, table[column:], i in writing))
+        self._num_places = sum(len(part.places) for part in self._parts)
+        self._read = np.concatenate([part.read for part in self._parts])
 
     def owners_of(self, blocks: _Ids) -> npt.NDArray[np.int64]:
         """How many of the sequences are going to share each of these blocks of the pool."""
@@ -131,15 +121,34 @@ class Returning:
         back.
         """
         pool = self._pool
-        found = pool.blocks_of(self._read)
-        fresh = len(np.unique(self._read[found < 0]))
-        wanted = count + fresh + self._num_written + pool.num_to_keep(found[found >= 0])
-        if wanted > pool.num_available:
-            raise OutOfBlocksError(wanted, pool.num_available, pool.num_blocks)
-        *first, last = self._rounds
+        wanted = count + self._num_places
+        if wanted > pool.num_available:  # or fewer, where blocks are shared
+            found = pool.blocks_of(self._read)
+            fresh = len(np.unique(self._read[found < 0]))
+            wanted += fresh - len(self._read) + pool.num_to_keep(found[found >= 0])
+            if wanted > pool.num_available:
+                raise OutOfBlocksError(wanted, pool.num_available, pool.num_blocks)
+        if pool.has_room_for(count + self._num_places):
+            return self._bring_back(self._parts, count, mover)
+        *first, last = self._pieces()
         for parts in first:
             self._bring_back(parts, 0, mover)
         return self._bring_back(last, count, mover)
+
+    def _pieces(self) -> "list[list[_Part]]":
+        """In the order of the sequences, what has as many places as are in reserve."""
+        pieces: list[list[_Part]] = []
+        room = 0
+        for part in self._parts:
+            done = 0
+            while done < len(part.places):
+                if not room:
+                    pieces.append([])
+                    room = self._pool.reserve
+                pieces[-1].append(part.piece(done, done + room))
+                done += len(pieces[-1][-1].places)
+                room -= len(pieces[-1][-1].places)
+        return pieces
 
     def _bring_back(self, parts: "list[_Part]", count: int, mover: BlockMover) -> _Ids:
         pool, rows = self._pool, self._rows
@@ -147,11 +156,11 @@ class Returning:
             found = pool.blocks_of(part.read)
             part.kept = found[found >= 0]  # the first ones, since what is behind goes to the host first
             pool.share(part.kept, part.run, part.column + len(part.kept), part.column)
-        fresh = np.unique(np.concatenate([_NONE, *(part.read[len(part.kept) :] for part in parts)]))
-        places = np.concatenate([fresh, *(part.written for part in parts)]).astype(np.int32)
-        taken = _NONE.astype(np.int32)
+        fresh = np.unique(np.concatenate([part.read[len(part.kept) :] for part in parts]))
+        places = np.concatenate([fresh, *(part.written for part in parts)])
+        taken = np.zeros(0, np.int32)
         try:
-            leaving = pool.num_leaving(np.concatenate([_NONE, *(part.places for part in parts)]))
+            leaving = pool.num_leaving(np.concatenate([part.places for part in parts]))
             taken = pool.take(count + len(places), leaving)
             blocks = taken[count:]
             if len(places):
@@ -168,7 +177,7 @@ class Returning:
             new = blocks[np.searchsorted(fresh, part.read[len(part.kept) :])]
             part.blocks = np.concatenate([part.kept, new])
             rows.replace(part.row, part.column, np.append(part.blocks, [next(begun) for _ in part.written]))
-        pool.divide(np.concatenate([_NONE, *(part.blocks[len(part.kept) :] for part in parts)]))
+        pool.divide(np.concatenate([part.blocks[len(part.kept) :] for part in parts]))
         for part in parts:
             known, end = int(rows.known[part.row]), part.column + len(part.read)
             pool.come_back(part.run, min(known, end), part.column, part.read, part.blocks)
@@ -183,7 +192,7 @@ class Returning:
 class _Part:
     """What comes back at once of what one sequence has on the host."""
 
-    def __init__(self, row: int, run: Run, column: int, places: _Ids, writes: int) -> None:
+    def __init__(self, row: int, run: Run, column: int, places: _Ids, writes: bool) -> None:
         self.row, self.run = row, run
         self.column = column
         """Of the first of these in its table."""
@@ -193,5 +202,6 @@ class _Part:
         """Blocks that the pool still has, for the first of these."""
         self.blocks: _Ids
 
-
-_NONE = np.zeros(0, np.int64)
+    def piece(self, first: int, last: int) -> "_Part":
+        writes = len(self.written) > 0 and last >= len(self.places)
+        return _Part(self.row, self.run, self.column + first, self.places[first:last], writes)

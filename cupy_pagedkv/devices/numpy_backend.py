@@ -93,21 +93,23 @@ def _write_blocks(tokens: _Array, pool: _Array, slots: _Array) -> None:
     pool[slots[::block_size] // block_size] = tokens.reshape(-1, *pool.shape[1:])
 
 
-def _in_long_runs(blocks: _Array, num_bytes: int) -> bool:
-    """Whether it pays to copy blocks run by run, and not by indexing, which makes a copy of all ``num_bytes`` first."""
-    if num_bytes < _MUCH or len(blocks) * _LONG_RUN <= num_bytes:
-        return num_bytes >= _MUCH
-    if num_bytes < 2 * _MUCH:  # to look for runs takes its time, too
-        return False
-    num_runs = 1 + int(np.count_nonzero(blocks[1:] != blocks[:-1] + 1))
-    return num_runs * _LONG_RUN <= num_bytes
+def _long_runs(blocks: _Array, num_bytes: int) -> list[slice] | None:
+    """Runs of blocks that follow each other, if it pays to copy ``num_bytes`` run by run, and not by indexing, which
+    makes a copy of all of them first."""
+    # To look for runs takes its time, too.
+    if num_bytes < _MUCH or num_bytes < min(2 * _MUCH, len(blocks) * _LONG_RUN):
+        return None
+    runs = list(runs_of(blocks))
+    return runs if len(runs) * _LONG_RUN <= num_bytes else None
 
 
-def _read_blocks(tokens: _Array, pool: _Array, items: Items | None, blocks: _Array) -> None:
+def _read_blocks(
+    tokens: _Array, pool: _Array, items: Items | None, blocks: _Array, runs: Sequence[slice] | None
+) -> None:
     if items is None:
         into = tokens.reshape(-1, *pool.shape[1:])
-        if _in_long_runs(blocks, tokens.nbytes):
-            for run in runs_of(blocks):
+        if runs is not None:
+            for run in runs:
                 first = blocks.item(run.start)
                 into[run] = pool[first : first + run.stop - run.start]
         else:
@@ -294,8 +296,9 @@ class NumpyBackend(HostArrays):
                     count = min(whole * block_size, step)
                     blocks = block_tables[i, column : column + count // block_size]
                     piece = slice(first, first + count)
+                    runs = _long_runs(blocks, count * layout.token_bytes // 2)
                     for tokens, pool, items in tensors:
-                        jobs.append(functools.partial(_read_blocks, tokens[piece], pool, items, blocks))
+                        jobs.append(functools.partial(_read_blocks, tokens[piece], pool, items, blocks, runs))
                 first += count
                 start += count
         threads.run(jobs, num_bytes)
