@@ -38,6 +38,8 @@ Salt: TypeAlias = str | bytes | int | None
 
 _Blocks: TypeAlias = npt.NDArray[np.int32]
 
+_NONE: _Blocks = np.zeros(0, np.int32)
+
 
 class Run:
     """Blocks one behind the other, and the int32 tokens that they hold. A root is a run of none.
@@ -159,18 +161,21 @@ class BlockPool:
         """Blocks that :meth:`take` could give at once: the free and the cached ones."""
         return self._allocator.free_block_count + self._line.num_blocks
 
-    def take(self, count: int, leaving: int = 0) -> _Blocks:
+    def take(self, count: int, leaving: _Blocks = _NONE) -> _Blocks:
         """``count`` blocks with one owner each, all or none; cached ones, the one longest without an owner first, where
         there are not enough free ones: these go to the host, as far as there is room. Raises
         :class:`~cupy_pagedkv.OutOfBlocksError`, and what ``store`` does.
 
-        Where ``leaving`` places are about to be let go of, there is room as if they had been, as far as the reserve
-        goes: :meth:`settle` is to be called once they are, or if they are not."""
+        ``leaving`` are places, each of which is about to lose an owner for each time that it is in there: there is room
+        as if they had, as far as the reserve goes. :meth:`settle` is to be called once they have, or if they do not."""
         if count > self.num_available:
             raise OutOfBlocksError(count, self.num_available, self.num_blocks)
         missing = count - self._allocator.free_block_count
         if missing > 0:
-            self._places.num_lent = min(leaving, self._places.reserve)
+            if len(leaving):
+                distinct, counts = np.unique(leaving, return_counts=True)
+                num_free = int(np.count_nonzero(self._owners[distinct] == counts))
+                self._places.num_lent = min(num_free, self._places.reserve)
             self._evict(missing)
             self.evictions += missing
         blocks = np.sort(self._allocator.allocate(count))  # those side by side are copied at once
@@ -258,11 +263,6 @@ class BlockPool:
     def reserve(self) -> int:
         """Places beside :attr:`num_places`."""
         return self._places.reserve
-
-    def num_leaving(self, places: _Blocks) -> int:
-        """How many of ``places`` nobody owns any more, once one owner for each item has let go."""
-        distinct, counts = np.unique(places, return_counts=True)
-        return int(np.count_nonzero(self._owners[distinct] == counts))
 
     def blocks_of(self, places: _Blocks) -> _Blocks:
         """The blocks of the pool that hold what the places do, or −1."""
@@ -557,7 +557,8 @@ class BlockPool:
 
     def _make_room_on_host(self, count: int) -> None:
         """Let ``count`` places be free: spare ones, and then cached ones, the oldest first."""
-        self._places.give_up_spares(count - self._places.num_free)
+        if count > self._places.num_free:
+            self._places.give_up_spares(count - self._places.num_free)
         missing = count - self._places.num_free
         if missing > 0:
             self._places.free(self._drop(self._host_line, missing))

@@ -160,8 +160,7 @@ class Returning:
         places = np.concatenate([fresh, *(part.written for part in parts)])
         taken = np.zeros(0, np.int32)
         try:
-            leaving = pool.num_leaving(np.concatenate([part.places for part in parts]))
-            taken = pool.take(count + len(places), leaving)
+            taken = pool.take(count + len(places), np.concatenate([part.places for part in parts]))
             blocks = taken[count:]
             if len(places):
                 mover.fetch(places, blocks)
@@ -177,7 +176,8 @@ class Returning:
             new = blocks[np.searchsorted(fresh, part.read[len(part.kept) :])]
             part.blocks = np.concatenate([part.kept, new])
             rows.replace(part.row, part.column, np.append(part.blocks, [next(begun) for _ in part.written]))
-        pool.divide(np.concatenate([part.blocks[len(part.kept) :] for part in parts]))
+        if len(parts) > 1:
+            pool.divide(np.concatenate([part.blocks[len(part.kept) :] for part in parts]))
         for part in parts:
             known, end = int(rows.known[part.row]), part.column + len(part.read)
             pool.come_back(part.run, min(known, end), part.column, part.read, part.blocks)

@@ -153,7 +153,7 @@ class HostLane:
     """Places for blocks in host memory, ``[num_places, num_bytes]``, beside a pool that is there itself."""
 
     def __init__(self, num_places: int, num_bytes: int) -> None:
-        self._memory = lazy_zeros(num_places * num_bytes).reshape(num_places, num_bytes)
+        self._memory = np.zeros((num_places, num_bytes), np.uint8)
 
     def pieces(self, places: _Array) -> Iterator[slice]:
         """Which of ``places``, in rising order, are side by side."""
