@@ -51,9 +51,10 @@ from mpi4py import MPI
 from .bookkeeping.allocator import OutOfBlocksError
 from .bookkeeping.arguments import at_least
 from .bookkeeping.pool import Salt
+from .bookkeeping.rows import NewTokens
 from .caches.batch import Batch, BatchBuffers
 from .caches.cache import LayeredPagedKVCache
-from .caches.manager import KVCacheManager, Tokens, _joined
+from .caches.manager import KVCacheManager, Tokens
 from .caches.sequence import CachedSequence
 from .devices import backend as devices
 from .devices.backend import backend_of
@@ -284,14 +285,12 @@ class GroupManager(KVCacheManager):
         self._name(sequence)
         return sequence
 
-    def prepare(self, new_tokens: Mapping[CachedSequence, Tokens], *, buffers: BatchBuffers | None = None) -> Batch:
-        if self._tells() and isinstance(new_tokens, Mapping) and new_tokens.keys() <= self._told.keys():
-            self._rows_of(tuple(new_tokens))
-            counts, tokens = _joined(list(new_tokens.values()))
-            names = np.fromiter(map(self._told.__getitem__, new_tokens), np.int32, len(new_tokens))
-            self._tell("prepare", numbers=[names, counts.astype(np.int32), tokens])
+    def _begin(self, sequences: tuple[CachedSequence, ...], new: NewTokens, buffers: BatchBuffers | None) -> Batch:
+        if self._tells():
+            names = np.fromiter(map(self._told.__getitem__, sequences), np.int32, len(sequences))
+            self._tell("prepare", numbers=[names, new.counts.astype(np.int32), new.tokens])
             self._send_calls()  # first, so that all ranks prepare at once; and if it fails, it fails on all
-        batch = super().prepare(new_tokens, buffers=buffers)
+        batch = super()._begin(sequences, new, buffers)
         self._name(batch)
         if devices.DEBUG and not self._is_silent:
             self._compare(batch)
@@ -386,10 +385,10 @@ class GroupManager(KVCacheManager):
             while True:
                 if not self._calls:
                     self._hear_calls()
-                (name, values, lengths), numbers = self._calls.pop(0), self._numbers.pop(0)
-                ends = np.cumsum(lengths)[:-1].tolist()
+                name, values, lengths = self._calls.pop(0)
+                numbers = [self._numbers.pop(0) for _ in lengths]
                 try:
-                    result = self._replay(name, values, np.split(numbers, ends), buffers)
+                    result = self._replay(name, values, numbers, buffers)
                 except OutOfBlocksError:
                     if name != "prepare":
                         raise
@@ -406,13 +405,9 @@ class GroupManager(KVCacheManager):
 
     def _replay(self, name: str, values: list[Any], numbers: list[Any], buffers: BatchBuffers | None) -> Batch | None:
         if name == "prepare":
-            names, counts, tokens = (each.tolist() for each in numbers)
-            ends = itertools.accumulate(counts)
-            new = {
-                self._by_number[at]: tokens[end - count : end]
-                for at, count, end in zip(names, counts, ends, strict=True)
-            }
-            return self.prepare(new, buffers=buffers)
+            names, counts, tokens = numbers
+            sequences = tuple(map(self._by_number.__getitem__, names.tolist()))
+            return self._prepare(sequences, counts.astype(np.int64), tokens, buffers)
         if name == "add":
             self.add(numbers[0], salt=_as_salt(values[0]), name=values[1])
         elif name == "commit":
@@ -453,12 +448,15 @@ class GroupManager(KVCacheManager):
 
     def _send_calls(self) -> None:
         text = json.dumps(self._calls).encode()
-        body = text + b"".join(each.tobytes() for each in self._numbers)
+        text += b" " * (-len(text) % 4)  # so that the numbers are aligned
+        body = b"".join([text, *(each.tobytes() for each in self._numbers)])
+        message = bytearray(_WORD.pack(_MAGIC, VERSION, len(text), len(body)) + body)
         self._calls, self._numbers = [], []
-        message = _WORD.pack(_MAGIC, VERSION, len(text), len(body)) + body
-        self._broadcast(bytearray(message[:STEP_BYTES].ljust(STEP_BYTES, b"\0")))
-        if len(message) > STEP_BYTES:
-            self._broadcast(bytearray(message[STEP_BYTES:]))
+        rest = message[STEP_BYTES:]
+        message[STEP_BYTES:] = bytes(max(0, STEP_BYTES - len(message)))
+        self._broadcast(message)
+        if rest:
+            self._broadcast(rest)
 
     def _hear_calls(self) -> None:
         message = self._broadcast(bytearray(STEP_BYTES))
@@ -467,13 +465,17 @@ class GroupManager(KVCacheManager):
             raise TransferError(f"rank 0 speaks version {version} of the protocol, and this is {VERSION}")
         if _WORD.size + size > STEP_BYTES:
             message += self._broadcast(bytearray(_WORD.size + size - STEP_BYTES))
-        text, numbers = message[_WORD.size :][:of_text], message[_WORD.size + of_text : _WORD.size + size]
-        self._calls = json.loads(text)
-        ends = np.cumsum([sum(lengths) for _, _, lengths in self._calls])[:-1]
-        self._numbers = np.split(np.frombuffer(numbers, np.int32), ends)
+        start = _WORD.size + of_text
+        self._calls = json.loads(message[_WORD.size : start])
+        for _, _, lengths in self._calls:
+            for length in lengths:
+                self._numbers.append(np.frombuffer(message, np.int32, length, start))
+                start += 4 * length
 
     def _broadcast(self, message: bytearray) -> bytearray:
-        _collective(self._comm.Ibcast([message, MPI.BYTE]), "step of rank 0", self._timeout)
+        request = self._comm.Ibcast([message, MPI.BYTE])
+        if not request.Test():
+            _collective(request, "step of rank 0", self._timeout)
         return message
 
     def _agree(self, succeeded: bool) -> Steps[bool]:

@@ -262,15 +262,30 @@ class KVCacheManager:
         """
         if not isinstance(new_tokens, Mapping):
             raise TypeError(f"expected {{sequence: its new tokens}}, got {type(new_tokens).__name__}")
-        sequences = tuple(new_tokens)
+        return self._prepare(tuple(new_tokens), *_joined(list(new_tokens.values())), buffers)
+
+    def _prepare(
+        self,
+        sequences: tuple[CachedSequence, ...],
+        counts: _Ints,
+        tokens: npt.NDArray[np.int32],
+        buffers: BatchBuffers | None,
+    ) -> Batch:
+        """:meth:`prepare`, of so many tokens of each sequence, one behind the other."""
         in_rows = self._rows_of(sequences)
-        counts, tokens = _joined(list(new_tokens.values()))
         new = NewTokens(in_rows, self._rows.lengths[in_rows], counts, tokens)
-        max_blocks = -(-int(new.ends.max(initial=0)) // self._block_size)
         if buffers is not None:
             self._check_buffers(buffers)
-            buffers._check_room(len(sequences), len(tokens), max_blocks)
+            buffers._check_room(len(sequences), len(tokens), self._num_columns(new))
+        return self._begin(sequences, new, buffers)
 
+    def _num_columns(self, new: NewTokens) -> int:
+        """Blocks that the longest of the sequences has then."""
+        return -(-int(new.ends.max(initial=0)) // self._block_size)
+
+    def _begin(self, sequences: tuple[CachedSequence, ...], new: NewTokens, buffers: BatchBuffers | None) -> Batch:
+        """:meth:`prepare`, of what is known to be right."""
+        in_rows, max_blocks = new.rows, self._num_columns(new)
         owners, columns = self._rows.missing(new)
         writers, begun_columns = self._rows.begun(new)
         begun = self._rows.blocks_at(in_rows[writers], begun_columns)
@@ -289,7 +304,7 @@ class KVCacheManager:
             self._rows.widen(max_blocks)
             owners = np.concatenate([owners, writers[copying]])
             columns = np.concatenate([columns, begun_columns[copying]])
-            sizes = (len(sequences), len(tokens), max_blocks, len(copied)) if buffers is None else buffers._sizes
+            sizes = (len(sequences), len(new.tokens), max_blocks, len(copied)) if buffers is None else buffers._sizes
             host = BatchBuffers(self._staging.zeros(BatchBuffers.num_bytes(*sizes)), *sizes)
             tables = host.block_tables[: len(sequences), :max_blocks]
             self._rows.copy_tables(in_rows, tables)
