@@ -308,14 +308,14 @@ class GroupManager(KVCacheManager):
     def rollback(self, batch: Batch) -> None:
         tells = self._tells()
         super().rollback(batch)
-        if tells and batch in self._told:
+        if tells:
             self._tell("rollback", self._told[batch])
         self._forget(batch)
 
     def free(self, sequence: CachedSequence) -> None:
         tells = self._tells()
         super().free(sequence)
-        if tells and sequence in self._told:  # or it never came
+        if tells:
             self._tell("free", self._told[sequence])
         self._forget(sequence)
 
@@ -654,14 +654,11 @@ def _sending(
                 lane = _lane(pools, min(piece, len(tokens) - start), link, aware)
                 for i, first in enumerate(range(start, len(tokens), piece)):
                     yield from lane.send(i, batch.block_tables, first, min(first + piece, len(tokens)))
-                yield from lane.finish()
                 yield from link.hear(_DONE, "acknowledgement")
 
         yield from _together([give(part) for part in parts])
     finally:
-        if batch is not None:
-            manager.rollback(batch)
-        manager.free(fork)
+        _drop(manager, fork, batch)
 
 
 def _receiving(
@@ -717,14 +714,17 @@ def _receiving(
         for link in links:
             link.close(error)
 
-        def forget() -> None:
-            if batch is not None:
-                manager.rollback(batch)
-            if sequence is not None:
-                manager.free(sequence)
-
-        _leave([each for link in links for each in link.awaited], forget)
+        awaited = [each for link in links for each in link.awaited]
+        _leave(awaited, lambda: _drop(manager, sequence, batch))
         raise
+
+
+def _drop(manager: KVCacheManager, sequence: CachedSequence | None, batch: Batch | None) -> None:
+    """End what a transfer began, whenever that is; of which other ranks of a group are not told."""
+    if batch is not None:
+        KVCacheManager.rollback(manager, batch)
+    if sequence is not None:
+        KVCacheManager.free(manager, sequence)
 
 
 def _offer(
@@ -991,9 +991,9 @@ class _Lane:
         yield from self._mpi_is_done(i, len(slots) * self._row)
 
     def finish(self) -> Steps[None]:
-        """Wait until MPI needs no memory any more."""
-        for i in range(IN_FLIGHT):
-            yield from self._mpi_is_done(i)
+        """Wait until all that was received is unpacked, and its memory is not read any more."""
+        return
+        yield
 
     def _make_buffers(self) -> list[Any]:
         backend: Any = backend_of(("the cache",), self._pools[0])
@@ -1051,7 +1051,6 @@ class _GpuLane(_Lane):
         self._events[i % IN_FLIGHT] = self._backend.event_behind(stream)
 
     def finish(self) -> Steps[None]:
-        yield from super().finish()
         for i in range(IN_FLIGHT):
             yield from self._device_is_done(i)
 

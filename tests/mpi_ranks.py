@@ -297,6 +297,26 @@ def a_gpu_has_done_its_part_before_mpi_does_its_own() -> None:
         check(there, receiving.wait(), None, tokens, 50)
 
 
+@scenario(1)
+def what_a_transfer_leaves_behind_is_told_to_no_other_rank() -> None:
+    """A group's transfer fails while MPI still has some of its memory, and is tidied up much later."""
+    here, group = a_manager(heads=HEADS), a_group(ALONE, world=WORLD, timeout=0.2)
+    held: list[Callable[[], None]] = []
+    sending = mpi.isend(here, a_sequence(here, range(20)), WORLD, 0)
+    with changed(mpi, _leave=lambda requests, then: held.append(then)), raises(mpi.TransferError, "next piece"):
+        group.recv([0])
+    with raises(mpi.TransferError, "gave up"):
+        sending.wait()
+    assert len(group.sequences) == len(group.open_batches) == 1
+    group._calls = []
+    with changed(group, _following=True):  # as on a rank that does not decide, too
+        while held:
+            held.pop(0)()
+    assert group._calls == []
+    assert not group.sequences
+    group.check_integrity()
+
+
 # Two ranks: a sequence moves.
 
 
