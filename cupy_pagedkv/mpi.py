@@ -33,6 +33,7 @@ Both poll: nobody waits for the other longer than ``timeout`` seconds without a 
 manager and pool as they were.
 """
 
+import functools
 import itertools
 import json
 import os
@@ -527,22 +528,25 @@ def merge_ranks(out: Array, lse: Array, comm: MPI.Intracomm, *, timeout: float =
         one holds: with ``causal=False`` where all of them come before the queries. A sink is given to one rank alone.
 
     All ranks call it at once; one message each, and then each merges all in the order of the ranks, by
-    :func:`~cupy_pagedkv.merge_attention_states`. On a GPU this waits for the current stream.
+    :func:`~cupy_pagedkv.merge_attention_states`, in host memory and in float32, so that ``out`` is rounded once however
+    many ranks there are. On a GPU this waits for the current stream.
     """
     backend = backend_of(("out", "lse"), out, lse)
     parts = [np.ascontiguousarray(backend.asnumpy(array)) for array in (out, lse)]
     ours = np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])
     of_all = np.empty((comm.size, len(ours)), np.uint8)
     _collective(comm.Iallgather([ours, MPI.BYTE], [of_all, MPI.BYTE]), "result of another rank", timeout)
-    states = []
-    for row in of_all:
-        pair = row[: parts[0].nbytes].view(out.dtype), row[parts[0].nbytes :].view(np.float32)
-        states.append([backend.from_numpy(each.reshape(like.shape), out.device)
-                       for each, like in zip(pair, parts, strict=True)])  # fmt: skip
-    merged = states[0]
-    for state in states[1:]:
-        merged = list(merge_attention_states(*merged, *state))
-    return merged[0], merged[1]
+    size = parts[0].nbytes
+    states = [
+        tuple(row[place].view(like.dtype).reshape(like.shape).astype(np.float32)
+              for place, like in zip((slice(size), slice(size, None)), parts, strict=True))
+        for row in of_all
+    ]  # fmt: skip
+    merged_out, merged_lse = functools.reduce(lambda a, b: merge_attention_states(*a, *b), states)
+    return (
+        backend.from_numpy(merged_out.astype(parts[0].dtype), out.device),
+        backend.from_numpy(merged_lse, out.device),
+    )
 
 
 def _done(request: MPI.Request, what: str, timeout: float) -> Steps[None]:

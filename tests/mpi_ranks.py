@@ -1029,8 +1029,8 @@ def attention_over_all_ranks_is_that_of_one() -> None:
     bounds[-2] = min(bounds[-2], length - new)
     sinks = rng.standard_normal(heads).astype(np.float32)
 
-    def attend(first: int, last: int, **options: Any) -> Any:
-        manager = a_manager(layers=1, num_blocks=40, block_size=8, heads=kv_heads, dim=dim, dtype="float32")
+    def attend(first: int, last: int, query: Any = query, key: Any = key, value: Any = value, **options: Any) -> Any:
+        manager = a_manager(layers=1, num_blocks=40, block_size=8, heads=kv_heads, dim=dim, dtype=key.dtype)
         sequence = manager.add(range(first, last), salt=first)  # others must not share what stands elsewhere
         with manager.prepare({sequence: sequence.remaining}) as batch:
             manager._cache[0].update(key[first:last], value[first:last], batch.slot_mapping)
@@ -1053,6 +1053,17 @@ def attention_over_all_ranks_is_that_of_one() -> None:
         on_all = np.zeros((SIZE, *out.shape), np.float32)
         WORLD.Allgather(out, on_all)
         assert (on_all == out).all()
+
+    narrow = {"query": query.astype(np.float16), "key": key.astype(np.float16), "value": value.astype(np.float16)}
+    ours = attend(bounds[RANK], bounds[RANK + 1], causal=is_last, **narrow)
+    out, lse = mpi.merge_ranks(*ours, WORLD)
+    assert (out.dtype, lse.dtype) == (np.float16, np.float32)
+    outs, lses = np.empty((SIZE, *out.shape), np.float16), np.empty((SIZE, *lse.shape), np.float32)
+    WORLD.Allgather([ours[0], MPI.BYTE], [outs, MPI.BYTE])
+    WORLD.Allgather(ours[1], lses)
+    weights = np.exp(lses.astype(np.float64))[..., None]
+    exact = (outs * weights).sum(0) / weights.sum(0)
+    assert (abs(out - exact) <= 0.505 * np.spacing(abs(exact).astype(np.float16))).all(), "it is rounded once"
 
 
 @scenario(1, 2, 4)
