@@ -448,16 +448,15 @@ class GroupManager(KVCacheManager):
             del self._by_number[self._told.pop(thing)]
 
     def _send_calls(self) -> None:
-        text = json.dumps(self._calls).encode()
-        text += b" " * (-len(text) % 4)  # so that the numbers are aligned
-        body = b"".join([text, *(each.tobytes() for each in self._numbers)])
-        message = bytearray(_WORD.pack(_MAGIC, VERSION, len(text), len(body)) + body)
+        text = json.dumps(self._calls)
+        text += " " * (-len(text) % 4)  # so that the numbers are aligned
+        body = b"".join([text.encode(), *(each.tobytes() for each in self._numbers)])
+        message = bytearray(STEP_BYTES)
+        message[: _WORD.size + len(body)] = _WORD.pack(_MAGIC, VERSION, len(text), len(body)) + body
         self._calls, self._numbers = [], []
-        rest = message[STEP_BYTES:]
-        message[STEP_BYTES:] = bytes(max(0, STEP_BYTES - len(message)))
-        self._broadcast(message)
-        if rest:
-            self._broadcast(rest)
+        self._broadcast(message[:STEP_BYTES])
+        if len(message) > STEP_BYTES:
+            self._broadcast(message[STEP_BYTES:])
 
     def _hear_calls(self) -> None:
         message = self._broadcast(bytearray(STEP_BYTES))
@@ -467,7 +466,7 @@ class GroupManager(KVCacheManager):
         if _WORD.size + size > STEP_BYTES:
             message += self._broadcast(bytearray(_WORD.size + size - STEP_BYTES))
         start = _WORD.size + of_text
-        self._calls = json.loads(message[_WORD.size : start])
+        self._calls = json.loads(str(message[_WORD.size : start], "ascii"))
         for _, _, lengths in self._calls:
             for length in lengths:
                 self._numbers.append(np.frombuffer(message, np.int32, length, start))
