@@ -51,8 +51,8 @@ from mpi4py import MPI
 
 from .bookkeeping.allocator import OutOfBlocksError
 from .bookkeeping.arguments import at_least
-from .bookkeeping.pool import Salt
 from .bookkeeping.rows import NewTokens
+from .bookkeeping.salts import Salt, as_text, from_text
 from .caches.batch import Batch, BatchBuffers
 from .caches.cache import LayeredPagedKVCache
 from .caches.manager import KVCacheManager, Tokens
@@ -168,8 +168,8 @@ def send(
         pinned memory.
 
     Raises :class:`TransferError` if the other rank is lost, refuses or answers nonsense, ``ValueError`` for a sequence
-    that is freed, of another manager or in an open batch, of a manager without ``prefix_caching``, which keeps no
-    tokens, and of a salt that is of a subclass.
+    that is freed, of another manager or in an open batch, and of a manager without ``prefix_caching``, which keeps no
+    tokens, and ``TypeError`` for a salt that is of a subclass.
     """
     isend(manager, sequence, comm, dest, timeout=timeout, gpu_aware=gpu_aware).wait()
 
@@ -279,10 +279,10 @@ class GroupManager(KVCacheManager):
         self._is_silent = False
 
     def add(self, tokens: Tokens, *, salt: Salt = None, name: str | None = None) -> CachedSequence:
-        tells = self._tells()
+        tells, text = self._tells(), as_text(salt)
         sequence = super().add(tokens, salt=salt, name=name)
         if tells:
-            self._tell("add", _as_json(salt), name, numbers=[np.asarray(tokens, np.int32)])
+            self._tell("add", text, name, numbers=[sequence._prompt])
         self._name(sequence)
         return sequence
 
@@ -410,7 +410,7 @@ class GroupManager(KVCacheManager):
             sequences = tuple(map(self._by_number.__getitem__, names.tolist()))
             return self._prepare(sequences, counts.astype(np.int64), tokens, buffers)
         if name == "add":
-            self.add(numbers[0], salt=_as_salt(values[0]), name=values[1])
+            self.add(numbers[0], salt=from_text(values[0]), name=values[1])
         elif name == "commit":
             kept = {self._by_number[at]: count for at, count in zip(*(each.tolist() for each in numbers), strict=True)}
             self.commit(self._by_number[values[0]], kept)
@@ -620,7 +620,7 @@ class _Offer:
     num_remaining: int
     piece: int
     """Tokens in a message."""
-    salt: list[Any]
+    salt: list[str]
 
     def kind(self) -> _Kind:
         return _Kind(self.layers, self.heads, self.head_dim, self.dtype)
@@ -683,7 +683,7 @@ def _receiving(
             raise TransferError("the ranks offer sequences of different tokens")
         known = tokens[: offer.num_tokens]
         # One token more than there are, since add() never finds the last one.
-        sequence = manager.add(np.append(tokens, np.int32(0)), salt=_as_salt(offer.salt))
+        sequence = manager.add(np.append(tokens, np.int32(0)), salt=from_text(offer.salt))
         sequence._prompt = tokens
         if sequence.num_tokens > len(known):
             sequence.truncate(len(known))
@@ -752,7 +752,7 @@ def _offer(
             raise ValueError(f"its numbers are {counts}")
         if len(tokens) != offer.num_tokens + offer.num_remaining:
             raise ValueError(f"it has {len(tokens)} tokens and not {offer.num_tokens} + {offer.num_remaining}")
-        _as_salt(offer.salt)
+        from_text(offer.salt)
     except (ValueError, TypeError) as error:
         raise TransferError(f"the offer of rank {part.rank} is nonsense: {error}") from None
     if offer.kind() != kind:
@@ -1095,24 +1095,8 @@ def _tokens_of(manager: KVCacheManager, sequence: CachedSequence) -> _Tokens:
     return np.concatenate(parts[::-1])
 
 
-def _salt_of(manager: KVCacheManager, sequence: CachedSequence) -> list[Any]:
-    """Type and value, as JSON can have it."""
+def _salt_of(manager: KVCacheManager, sequence: CachedSequence) -> list[str]:
+    """As JSON has it."""
     root = sequence._run.at(0)
     [salt] = [salt for (_, salt), of_salt in manager._pool._roots.items() if of_salt is root]
-    return _as_json(salt)
-
-
-def _as_json(salt: Salt) -> list[Any]:
-    name, value = type(salt).__name__, salt.hex() if isinstance(salt, bytes) else salt
-    if type(salt) not in (str, bytes, int, bool, type(None)):
-        raise ValueError(f"a salt that travels must be a str, bytes, an int or None, got a {name}")
-    return [name, value]
-
-
-def _as_salt(salt: list[Any]) -> Salt:
-    name, value = salt
-    if name == "bytes":
-        return bytes.fromhex(value)
-    if type(value).__name__ != name or not isinstance(value, Salt):
-        raise ValueError(f"its salt is {salt!r:.40}")
-    return value
+    return as_text(salt)

@@ -211,7 +211,7 @@ def what_cannot_be_sent() -> None:
     with raises(ValueError, "has been freed"):
         mpi.isend(manager, sequence, WORLD, 0)
     other = a_sequence(manager, range(5), salt=type("Name", (str,), {})("x"))
-    with nothing_changes(manager), raises(ValueError, "a salt that travels must be a str, bytes, an int or None"):
+    with nothing_changes(manager), raises(TypeError, "only str, bytes, int, bool and None can be saved or sent"):
         mpi.isend(manager, other, WORLD, 0)
 
 
@@ -872,6 +872,9 @@ def what_a_group_refuses() -> None:
                 group.send(sequence, dests)
         with raises(ValueError, "in an open batch"):  # and nobody is told
             group.prepare({group.add([1, 2]): [1], **{key: [1] for key in group.prepare({sequence: [1]}).sequences}})
+        with raises(TypeError, "only str, bytes, int, bool and None can be saved or sent"):
+            group.add([1], salt=type("Name", (str,), {})("x"))
+        assert len(group.sequences) == 2
         with raises(ValueError, "these buffers are another manager's"):
             group.prepare({group.add([1, 2]): [1, 2]}, buffers=a_manager().buffers(1, 2, 1))
         assert group._calls[-1][0] == "add"

@@ -337,8 +337,8 @@ def test_dtypes_that_differ_have_different_names():
         [("a", "u1")], [("b", "u1")], [("a", "u1", 2)], [("a", "f2")], [("a", as_dtype("bfloat16"))],
         {"names": ["a"], "formats": ["u1"], "itemsize": 2}, {"names": ["a"], "formats": ["u1"], "offsets": [1]},
     ]  # fmt: skip
-    assert len({files._name_of(np.dtype(dtype)) for dtype in dtypes}) == len(dtypes)
-    assert files._name_of(np.dtype("float16")) == files._name_of(np.dtype("<f2"))
+    assert len({files.name_of(np.dtype(dtype)) for dtype in dtypes}) == len(dtypes)
+    assert files.name_of(np.dtype("float16")) == files.name_of(np.dtype("<f2"))
 
 
 # Names

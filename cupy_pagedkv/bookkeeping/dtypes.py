@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["as_dtype"]
+__all__ = ["as_dtype", "name_of"]
 
 
 def as_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
@@ -24,6 +24,18 @@ def as_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
     if result.hasobject or result.itemsize == 0 or result.subdtype is not None:
         raise TypeError(f"expected a dtype with items of one fixed size, such as float16 or bfloat16, got {result!r}")
     return result
+
+
+def name_of(dtype: np.dtype[Any]) -> str:
+    """By which two dtypes are the same; with the byte order, and with the fields and where they are."""
+    if dtype.subdtype is not None:
+        return f"{dtype.subdtype[1]}{name_of(dtype.subdtype[0])}"
+    if dtype.fields is not None:
+        fields = (f"{name!r}: {name_of(field[0])} at {field[1]}" for name, field in dtype.fields.items())
+        return f"{{{', '.join(fields)}; {dtype.itemsize} bytes}}"
+    if 0 <= dtype.num < 256:  # NumPy's own; bfloat16 and its kin have others
+        return dtype.str
+    return dtype.name if dtype.isnative else f"{dtype.name} swapped"
 
 
 def _ml_dtype(name: Any) -> np.dtype[Any]:

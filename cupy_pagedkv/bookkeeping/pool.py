@@ -31,10 +31,9 @@ import numpy.typing as npt
 
 from .allocator import BlockAllocator, OutOfBlocksError
 from .places import Places
+from .salts import Salt
 
-__all__ = ["BlockPool", "Run", "Salt"]
-
-Salt: TypeAlias = str | bytes | int | None
+__all__ = ["BlockPool", "Run"]
 
 _Blocks: TypeAlias = npt.NDArray[np.int32]
 

@@ -40,7 +40,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from io import FileIO
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeAlias
 
@@ -48,9 +48,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bookkeeping.allocator import OutOfBlocksError
-from ..bookkeeping.pool import BlockPool, Run, Salt
+from ..bookkeeping.dtypes import name_of
+from ..bookkeeping.pool import BlockPool, Run
 from ..bookkeeping.ranges import runs_of
 from ..bookkeeping.rows import SequenceRows
+from ..bookkeeping.salts import Salt, as_text, from_text
 from ..devices.backend import backend_of
 from .batch import Batch
 from .cache import LayeredPagedKVCache
@@ -221,7 +223,7 @@ class _Hashes:
 
     def of_salt(self, salt: Salt) -> bytes:
         """What stands before the first block."""
-        return bytes(self._new(json.dumps(_as_text(salt)).encode()).digest())
+        return bytes(self._new(json.dumps(as_text(salt)).encode()).digest())
 
     def of_block(self, before: bytes, tokens: _Tokens, block: _Bytes) -> bytes:
         """Its digest, with that of the block before."""
@@ -583,7 +585,7 @@ def _header(index: _Index, geometry: dict[str, Any], tensors: dict[str, Any], ha
         "block_size": index.block_size,
         "num_runs": index.num_runs,
         "num_blocks": index.num_blocks,
-        "salts": [_as_text(salt) for salt in index.salts],
+        "salts": [as_text(salt) for salt in index.salts],
         "sequences": [sequence._asdict() for sequence in index.named],
         "checksum": index.checksum,
     })  # fmt: skip
@@ -634,7 +636,12 @@ def _read_index(metadata: dict[str, Any], geometry: dict[str, Any], hashes: _Has
             raise ValueError(f"the file has {name} {saved!r}, {side} {here!r}; they must be the same")
     size = _number(fields, what, "block_size", 1, 2**31 - 1)
     num_runs, num_blocks = _number(fields, what, "num_runs"), _number(fields, what, "num_blocks")
-    salts = [_from_text(salt) for salt in _field(fields, what, "salts", list)]
+    salts = []
+    for text in _field(fields, what, "salts", list):
+        try:
+            salts.append(from_text(text))
+        except ValueError as error:
+            raise DamagedFileError(f"the index has the salt {text!r:.99}") from error
     if len({(type(salt), salt) for salt in salts}) < len(salts):
         raise DamagedFileError("the index has a salt twice")
     named = []
@@ -746,61 +753,15 @@ def _number(fields: Any, what: str, name: str, least: int = 0, most: int = 2**63
     return number
 
 
-def _as_text(salt: Salt) -> list[str]:
-    """A salt as JSON has it: its type, and its value."""
-    kind = type(salt)
-    if salt is None:
-        return ["None", ""]
-    if kind is str:
-        return ["str", str(salt)]
-    if isinstance(salt, bytes) and kind is bytes:
-        return ["bytes", salt.hex()]
-    if isinstance(salt, int) and kind in (int, bool):
-        return [kind.__name__, hex(salt)]  # decimal digits have a limit, and JSON's numbers have another
-    raise TypeError(f"the salt {salt!r} is of {kind}, and only str, bytes, int, bool and None can be saved")
-
-
-_SALTS: dict[str, Callable[[str], Salt]] = {
-    "None": lambda value: None,
-    "str": str,
-    "bytes": bytes.fromhex,
-    "int": lambda value: int(value, 16),
-    "bool": lambda value: bool(int(value, 16)),
-}
-
-
-def _from_text(text: Any) -> Salt:
-    try:
-        kind, value = text
-        salt = _SALTS[kind](value)
-        if _as_text(salt) == text:
-            return salt
-    except (KeyError, TypeError, ValueError):
-        pass
-    raise DamagedFileError(f"the index has the salt {text!r:.99}")
-
-
 def _geometry(cache: LayeredPagedKVCache, fingerprint: str | None) -> dict[str, Any]:
     """What has to be the same where a file is loaded."""
     return {
-        "dtype": _name_of(cache[0].dtype),
+        "dtype": name_of(cache[0].dtype),
         "num_layers": len(cache),
         "num_kv_heads": cache[0].num_heads,
         "head_dim": cache[0].head_dim,
         "fingerprint": fingerprint,
     }
-
-
-def _name_of(dtype: np.dtype[Any]) -> str:
-    """By which two dtypes are the same; with the byte order, and with the fields and where they are."""
-    if dtype.subdtype is not None:
-        return f"{dtype.subdtype[1]}{_name_of(dtype.subdtype[0])}"
-    if dtype.fields is not None:
-        fields = (f"{name!r}: {_name_of(field[0])} at {field[1]}" for name, field in dtype.fields.items())
-        return f"{{{', '.join(fields)}; {dtype.itemsize} bytes}}"
-    if 0 <= dtype.num < 256:  # NumPy's own; bfloat16 and its kin have others
-        return dtype.str
-    return dtype.name if dtype.isnative else f"{dtype.name} swapped"
 
 
 def _row_bytes(cache: LayeredPagedKVCache) -> int:

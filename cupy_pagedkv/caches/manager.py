@@ -50,8 +50,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bookkeeping.arguments import MAX_BLOCKS, at_least
-from ..bookkeeping.pool import BlockPool, Run, Salt
+from ..bookkeeping.pool import BlockPool, Run
 from ..bookkeeping.rows import NewTokens, SequenceRows
+from ..bookkeeping.salts import Salt
 from ..devices.backend import backend_of
 from ..devices.dlpack import array_of
 from . import files
