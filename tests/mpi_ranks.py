@@ -570,7 +570,7 @@ def offer(**values: Any) -> bytes:
     import json
 
     return json.dumps({"layers": 2, "heads": 2, "head_dim": 3, "dtype": "float16", "first": 0, "last": 2,
-                       "num_tokens": 2, "num_remaining": 0, "piece": 5, "salt": ["NoneType", None], **values}
+                       "num_tokens": 2, "num_remaining": 0, "piece": 5, "salt": ["None", ""], **values}
                       ).encode() + b"\n" + bytes(8)  # fmt: skip
 
 
