@@ -17,7 +17,7 @@ __all__ = ["BlockMover", "Returning", "block_bytes", "places_in_reserve"]
 
 _Ids: TypeAlias = npt.NDArray[np.int32]
 
-_RESERVE_BYTES = 2**25
+_RESERVE_BYTES = 2**25  # of blocks that change places at once
 
 
 def block_bytes(cache: LayeredPagedKVCache) -> int:
@@ -26,8 +26,7 @@ def block_bytes(cache: LayeredPagedKVCache) -> int:
 
 
 def places_in_reserve(cache: LayeredPagedKVCache, host_blocks: int) -> int:
-    """How many places more there are to be for blocks that leave while others are on their way back: what travels at
-    once."""
+    """How many places more there are to be, for what leaves while as much is still on its way back."""
     return min(cache.num_blocks, host_blocks, max(1, _RESERVE_BYTES // block_bytes(cache)))
 
 
@@ -36,7 +35,7 @@ class BlockMover:
 
     A block lies in one piece, ``[2, num_layers, block_size, num_kv_heads, head_dim]``, K before V. Blocks are packed
     and unpacked on the current stream by the kernels that gather and scatter tokens, to which a block is one long
-    token; between a GPU and the host they travel on a stream of their own.
+    token; between a GPU and the host they travel on streams of their own.
     """
 
     def __init__(self, cache: LayeredPagedKVCache, num_places: int) -> None:
@@ -171,11 +170,12 @@ class Returning:
             pool.settle()
             raise
 
-        begun = iter(blocks[len(fresh) :].tolist())
+        begun = blocks[len(fresh) :]
         for part in parts:
             new = blocks[np.searchsorted(fresh, part.read[len(part.kept) :])]
             part.blocks = np.concatenate([part.kept, new])
-            rows.replace(part.row, part.column, np.append(part.blocks, [next(begun) for _ in part.written]))
+            own, begun = begun[: len(part.written)], begun[len(part.written) :]
+            rows.replace(part.row, part.column, np.concatenate([part.blocks, own]))
         if len(parts) > 1:
             pool.divide(np.concatenate([part.blocks[len(part.kept) :] for part in parts]))
         for part in parts:
