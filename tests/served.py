@@ -366,23 +366,34 @@ class Served:
             host, writes = self.expected[sequence].host, (sequence, -1) in [(s, old) for s, old, _ in begun]
             for i, block in enumerate(sequence.block_table[len(tables[sequence]) - len(host) :][: len(host)].tolist()):
                 returning.append((sequence, host[i], block, writes and i == len(host) - 1))
+        # What the pool still has travels not at all, and what several share travels once.
+        there = [each for each in returning if findable.in_pool(each[1]) and not each[3]]
+        returning = [each for each in returning if each not in there]
+        kept = [block for block in findable.cached if findable.contents[block] in [key for _, key, _, _ in there]]
+        findable.share(kept)
+        live += len(kept)
+        for sequence in dict.fromkeys(sequence for sequence, *_ in there):
+            findable.let_go([key for s, key, _, _ in there if s is sequence])
+        restored = findable.restored + len({(key, writes and s) for s, key, _, writes in returning})
+        back: set[Any] = set()
         at_once = max(1, len(returning))
         if live + others + len(returning) - (findable.num_blocks - len(findable.cached)) > (
             findable.num_places - len(findable.held) - len(findable.cached_on_host)
         ):  # what leaves the pool has to take the places of what comes back
             at_once = max(1, self.manager._pool.reserve)
         rounds = [returning[i : i + at_once] for i in range(0, len(returning), at_once)] or [[]]
-        for some in rounds:
+        for piece in rounds:
+            again = [each for each in piece if each[1] in back and not each[3]]
+            for sequence in dict.fromkeys(sequence for sequence, *_ in again):
+                findable.let_go([key for s, key, _, _ in again if s is sequence])
+            some = [each for each in piece if each not in again]
             read = [key for _, key, _, writes in some if not writes]
-            still_there = [key for key in read if findable.in_pool(key)]
-            kept = [block for block in findable.cached if findable.contents[block] in still_there]
-            findable.share(kept)
-            fetched = len(set(read) - set(still_there)) + len(some) - len(read)
-            live += len(kept)
+            fetched = len(set(read)) + len(some) - len(read)
+            back.update(read)
             leaving = Counter(key for _, key, _, _ in some)
             findable.num_lent = sum(findable.held[key] == count for key, count in leaving.items())
             findable.num_lent = min(findable.num_lent, self.manager._pool.reserve)
-            findable.take(fetched + (others if some is rounds[-1] else 0), live)
+            findable.take(fetched + (others if piece is rounds[-1] else 0), live)
             findable.restored += fetched
             live += fetched
             for _, key, block, writes in some:
@@ -392,6 +403,7 @@ class Served:
                 findable.let_go([key for s, key, _, writes in some if s is sequence and not writes])
                 findable.let_go([key for s, key, _, writes in some if s is sequence and writes])
             findable.settle()
+        assert findable.restored == restored
         for _, old, block in begun:
             if block == old:
                 findable.write(old)

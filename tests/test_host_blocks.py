@@ -20,6 +20,10 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Served:
 
 @pytest.fixture
 def moves(served: Served, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    return moves_of(served, monkeypatch)
+
+
+def moves_of(served: Served, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """How many blocks go to the host and come from there, a call each."""
     made: list[tuple[str, int]] = []
     store, fetch = served.manager._mover.store, served.manager._mover.fetch
@@ -120,6 +124,58 @@ def test_two_sequences_find_the_same_on_the_host(served, moves):
     served.commit(served.prepare({third: [5]}))
     assert len(moves) == 3, "one block of the pool was needed, which was evicted"
     assert (third.block_table[:3] == first.block_table[:3]).all()
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+@pytest.mark.parametrize("pool", [4, 5])
+def test_what_is_shared_comes_back_once_however_many_pieces_it_takes(monkeypatch, prefix_caching, pool):
+    """Of blocks that nobody finds, too, and into a pool that has room for no more."""
+    monkeypatch.setattr("cupy_pagedkv.devices.backend.EMULATE", False)
+    monkeypatch.setattr("cupy_pagedkv.caches.tier._RESERVE_BYTES", 0)  # but a block there is, always
+    served = Served(Host(), pool, 4, host_blocks=4, prefix_caching=prefix_caching)
+    assert served.manager._pool.reserve == 1
+    sequence = served.run(range(14))
+    served.offload(sequence)
+    fork = served.fork(sequence)
+    served.free(served.run(range(100, 100 + 4 * pool)))
+    restored = served.manager.stats().restored
+    served.commit(served.prepare({sequence: [], fork: []}))
+    assert sequence.block_table.tolist() == fork.block_table.tolist()
+    assert served.manager.stats().restored - restored == 4
+
+
+def test_what_the_pool_still_has_does_not_make_room_for_what_comes_back(monkeypatch):
+    monkeypatch.setattr("cupy_pagedkv.devices.backend.EMULATE", False)
+    monkeypatch.setattr("cupy_pagedkv.caches.tier._RESERVE_BYTES", 2 * 4 * 2 * NUM_LAYERS * ROW)
+    served = Served(Host(), 8, 4, host_blocks=8)
+    first = served.run(range(16))
+    served.offload(first)
+    for start in (500, 600):
+        served.free(served.run(range(start, start + 16)))
+    second = served.run(range(100, 116))
+    served.offload(second)
+    served.free(served.run(range(700, 708)))
+    before = served.manager.stats()
+    served.commit(served.prepare({first: [], second: []}))
+    after = served.manager.stats()
+    assert (after.restored - before.restored, after.evictions - before.evictions) == (4, 4)
+
+
+@pytest.mark.parametrize("host_blocks", [12, 13])
+def test_one_transfer_each_way_where_the_host_has_room(monkeypatch, host_blocks):
+    """In spare places, of which there are enough or one too few; then a block at a time changes place with another."""
+    monkeypatch.setattr("cupy_pagedkv.devices.backend.EMULATE", False)
+    monkeypatch.setattr("cupy_pagedkv.caches.tier._RESERVE_BYTES", 1)
+    served = Served(Host(), 8, host_blocks=host_blocks)
+    sequence = served.run(range(64))
+    served.offload(sequence)
+    for prompt in (range(100, 164), range(200, 328), [*range(100, 164), 7]):
+        served.free(served.run(prompt))
+    places = served.manager._pool._places
+    assert (places.num_free, len(places.spare)) == (0, host_blocks - 9)
+    moves = moves_of(served, monkeypatch)
+    served.append(sequence, [1])
+    assert [count for what, count in moves if what == "fetch"] == ([4] if host_blocks == 13 else [1] * 4)
 
 
 def test_a_part_of_what_another_found_comes_back_alone(served):
@@ -420,13 +476,12 @@ def test_a_transfer_that_fails_leaves_everything(served, monkeypatch, fails, err
 
 
 @pytest.mark.parametrize("fails", ["store", "fetch"])
-def test_a_failure_lets_go_of_what_the_pool_still_has(served, monkeypatch, fails):
+def test_what_the_pool_still_has_is_back_after_a_failure(served, monkeypatch, fails):
     """Blocks of a parked sequence that are cached are shared before others are evicted."""
     parked = served.run(range(40))
     served.offload(parked)
     served.free(served.run(range(100, 196)))
     assert served.manager.stats().cached_blocks == 8
-    before = counts(served)
 
     def failing(*_: Any) -> None:
         raise MemoryError("the device is full")
@@ -437,8 +492,8 @@ def test_a_failure_lets_go_of_what_the_pool_still_has(served, monkeypatch, fails
         with pytest.raises(MemoryError):
             served.manager.prepare({parked: [1]})
     served.manager.check_integrity()
-    assert counts(served)[0] == before[0]
-    assert served.manager.stats().live_blocks == 0
+    assert counts(served)[0] == parked.num_host_blocks == 1
+    assert served.manager.stats().live_blocks == 2
     served.manager.commit(served.manager.prepare({parked: []}))
     assert np.array_equal(served.cache.gather_all(parked.block_table[None], [40])[0], rows_of(None, range(40))[0])
 

@@ -34,7 +34,7 @@ class Seldom(Served):
 
 @pytest.mark.parametrize(
     ("block_size", "num_blocks", "host_blocks", "reserve"),
-    [(1, 40, 0, 0), (3, 60, 0, 0), (4, 200, 0, 0), (1, 30, 10, 10), (3, 40, 60, 5), (4, 80, 400, 1)],
+    [(1, 40, 0, 0), (3, 60, 0, 0), (4, 200, 0, 0), (1, 30, 10, 2), (3, 40, 60, 5), (4, 80, 400, 0)],
 )
 def test_a_long_history(monkeypatch, rng, block_size, num_blocks, host_blocks, reserve):
     monkeypatch.setattr("cupy_pagedkv.caches.tier._RESERVE_BYTES", reserve * block_size * 2 * NUM_LAYERS * ROW)

@@ -249,12 +249,12 @@ class BlockPool:
         self.release(ours, 0, run, min(known, in_pool))
         return np.concatenate([places, blocks[in_pool:]])
 
-    def has_room_for(self, count: int) -> bool:
-        """Whether ``count`` blocks can be taken, and what must leave for them goes to the host, without a loss."""
+    def can_keep_all(self, count: int) -> bool:
+        """Whether what leaves the pool for ``count`` blocks goes to free and spare places, and nothing is lost."""
         return count - self._allocator.free_block_count <= self._places.num_free + len(self._places.spare)
 
     def settle(self) -> None:
-        """Give back places to the reserve that were lent; of spares, and of what is cached on the host."""
+        """Nothing is lent any more: give up spares, and what is cached on the host, until the reserve is whole."""
         self._places.num_lent = 0
         self._make_room_on_host(0)
 
@@ -295,15 +295,15 @@ class BlockPool:
         self._places.pair(blocks[:count], places[:count])
         self._release_places(places, first, None, 0)
 
-    def writers_that_copy(self, blocks: _Blocks, more: npt.NDArray[np.int64] | int = 0) -> list[int]:
+    def writers_that_copy(self, blocks: _Blocks, are_shared: npt.NDArray[np.bool_] | bool = False) -> list[int]:
         """Which of the owners that are about to write to ``blocks``, one for each item, must write to a copy instead,
-        when each block has got ``more`` owners.
+        when those that ``are_shared`` have got an owner more.
 
         The last owner of a block writes to the block itself, if all others are about to write, too.
         """
         left: dict[int, int] = {}
         copying = []
-        owners_of = self._owners[blocks] + more
+        owners_of = self._owners[blocks] + are_shared
         for i in np.flatnonzero(owners_of > 1).tolist():
             block = int(blocks[i])
             owners = left.get(block, int(owners_of[i]))
@@ -386,7 +386,8 @@ class BlockPool:
                     self._line.remove(at)
                 leaving += at.blocks
                 at.blocks, at.on_host = array("i", self._places.part(blocks[:owned]).tobytes()), True
-        self._allocator.free(np.array(leaving, np.int32)[1:])  # all but `block`
+        assert leaving[0] == block
+        self._allocator.free(np.array(leaving, np.int32)[1:])
 
     def tokens_at(self, run: Run, column: int) -> npt.NDArray[np.int32]:
         """The tokens of block ``column`` of a prefix that ends at ``run``."""
@@ -401,7 +402,7 @@ class BlockPool:
         self._allocator.free(self._drop(self._line, self._line.num_blocks))
 
     def check(self, owners: npt.NDArray[np.integer], prefixes: Iterable[tuple[Run, _Blocks]]) -> None:
-        """Raise ``RuntimeError`` unless all adds up, with ``owners`` ``[num_blocks]`` as counted from the sequences,
+        """Raise ``RuntimeError`` unless all adds up, with ``owners`` ``[num_ids]`` as counted from the sequences,
         and with the known blocks of each and the run that they end at."""
         places = self._places
         live = int(np.count_nonzero(self._owners[: places.first]))

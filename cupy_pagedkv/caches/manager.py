@@ -131,9 +131,9 @@ class KVCacheManager:
     With ``host_blocks``, host memory has room for so many blocks more, or as many as fit in ``host_bytes``, pinned
     where the cache is on a GPU. Cached blocks that are evicted go there, the least recently used ones make room for
     them, and ``add`` finds them there, too; and :meth:`CachedSequence.offload` parks a sequence. :meth:`prepare` brings
-    back what its sequences need, and it and what makes room for it change places 32 MiB at a time, for which there is
-    as much memory more. On a GPU copies travel on streams of their own, and the current stream waits for what comes
-    back.
+    back what its sequences need; where the host is full, this and what it pushes out of the pool change places, 32 MiB
+    at a time, for which there is as much memory more. On a GPU copies travel on streams of their own, and the current
+    stream waits for what comes back.
 
     A cache has one manager, and nobody else hands out its blocks. Raises ``TypeError`` for another kind of cache, and
     ``ValueError`` for one that has blocks in its own block table, for negative ``host_blocks``, and for ``host_bytes``
@@ -293,10 +293,9 @@ class KVCacheManager:
         if self._mover is not None and self._rows.on_host[in_rows].any():
             in_pool = np.flatnonzero(begun < self._pool.num_blocks)
             back = Returning(self._pool, self._rows, sequences, in_rows, writers)
-            copying = self._pool.writers_that_copy(begun[in_pool], back.owners_of(begun[in_pool]))
+            copying = self._pool.writers_that_copy(begun[in_pool], back.are_shared(begun[in_pool]))
             copying = in_pool[copying].tolist()
             taken = back.take(len(owners) + len(copying), self._mover)
-            begun = self._rows.blocks_at(in_rows[writers], begun_columns)
         else:
             copying = self._pool.writers_that_copy(begun)
             taken = self._pool.take(len(owners) + len(copying))

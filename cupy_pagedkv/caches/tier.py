@@ -105,13 +105,12 @@ class Returning:
             table = rows.blocks(row)
             column = int(np.count_nonzero(table < pool.num_blocks))
             self._parts.append(_Part(row, sequences[i]._run, column, table[column:], i in writing))
-        self._num_places = sum(len(part.places) for part in self._parts)
         self._read = np.concatenate([part.read for part in self._parts])
+        self._blocks: dict[int, int] = {}  # where what was in each place is now, if somebody may share it
 
-    def owners_of(self, blocks: _Ids) -> npt.NDArray[np.int64]:
-        """How many of the sequences are going to share each of these blocks of the pool."""
-        read, places = np.sort(self._read), self._pool.places_of(blocks)
-        return read.searchsorted(places, "right") - read.searchsorted(places)
+    def are_shared(self, blocks: _Ids) -> npt.NDArray[np.bool_]:
+        """Which of the pool's blocks some of the sequences are going to share."""
+        return np.isin(self._pool.places_of(blocks), self._read)
 
     def take(self, count: int, mover: BlockMover) -> _Ids:
         """Bring back everything, and take ``count`` blocks of the pool for something else.
@@ -120,25 +119,27 @@ class Returning:
         back.
         """
         pool = self._pool
-        wanted = count + self._num_places
+        wanted = count + sum(len(part.places) for part in self._parts)
         if wanted > pool.num_available:  # or fewer, where blocks are shared
             found = pool.blocks_of(self._read)
             fresh = len(np.unique(self._read[found < 0]))
             wanted += fresh - len(self._read) + pool.num_to_keep(found[found >= 0])
             if wanted > pool.num_available:
                 raise OutOfBlocksError(wanted, pool.num_available, pool.num_blocks)
-        if pool.has_room_for(count + self._num_places):
-            return self._bring_back(self._parts, count, mover)
-        *first, last = self._pieces()
-        for parts in first:
-            self._bring_back(parts, 0, mover)
+        parts = self._without_what_is_here(self._parts)
+        num_places = sum(len(part.places) for part in parts)
+        if pool.can_keep_all(count + num_places):
+            return self._bring_back(parts, count, mover)
+        *first, last = self._pieces(parts) or [[]]
+        for piece in first:
+            self._bring_back(piece, 0, mover)
         return self._bring_back(last, count, mover)
 
-    def _pieces(self) -> "list[list[_Part]]":
+    def _pieces(self, parts: "list[_Part]") -> "list[list[_Part]]":
         """In the order of the sequences, what has as many places as are in reserve."""
         pieces: list[list[_Part]] = []
         room = 0
-        for part in self._parts:
+        for part in parts:
             done = 0
             while done < len(part.places):
                 if not room:
@@ -150,43 +151,62 @@ class Returning:
         return pieces
 
     def _bring_back(self, parts: "list[_Part]", count: int, mover: BlockMover) -> _Ids:
-        pool, rows = self._pool, self._rows
-        for part in parts:
-            found = pool.blocks_of(part.read)
-            part.kept = found[found >= 0]  # the first ones, since what is behind goes to the host first
-            pool.share(part.kept, part.run, part.column + len(part.kept), part.column)
-        fresh = np.unique(np.concatenate([part.read[len(part.kept) :] for part in parts]))
+        """Bring back all of ``parts`` at once, and take ``count`` blocks."""
+        if self._blocks:
+            parts = self._without_what_is_here(parts)
+        pool = self._pool
+        fresh = np.unique(np.concatenate([_NONE, *(part.read for part in parts)]))
         places = np.concatenate([fresh, *(part.written for part in parts)])
-        taken = np.zeros(0, np.int32)
+        taken = _NONE
         try:
-            taken = pool.take(count + len(places), np.concatenate([part.places for part in parts]))
+            taken = pool.take(count + len(places), np.concatenate([_NONE, *(part.places for part in parts)]))
             blocks = taken[count:]
             if len(places):
                 mover.fetch(places, blocks)
         except BaseException:
             pool.release(taken)
-            for part in parts:
-                pool.release(part.kept, part.column, part.run, part.column + len(part.kept))
             pool.settle()
             raise
 
-        begun = blocks[len(fresh) :]
-        for part in parts:
-            new = blocks[np.searchsorted(fresh, part.read[len(part.kept) :])]
-            part.blocks = np.concatenate([part.kept, new])
-            own, begun = begun[: len(part.written)], begun[len(part.written) :]
-            rows.replace(part.row, part.column, np.concatenate([part.blocks, own]))
+        shared = [blocks[np.searchsorted(fresh, part.read)] for part in parts]
         if len(parts) > 1:
-            pool.divide(np.concatenate([part.blocks[len(part.kept) :] for part in parts]))
-        for part in parts:
-            known, end = int(rows.known[part.row]), part.column + len(part.read)
-            pool.come_back(part.run, min(known, end), part.column, part.read, part.blocks)
-            if len(part.written):
-                pool.release(part.written, end, part.run, known)
-                rows.known[part.row] = min(known, end)
+            pool.divide(np.concatenate(shared))
+        if len(self._parts) > 1:
+            self._blocks.update(zip(fresh.tolist(), blocks.tolist(), strict=False))
+        begun = blocks[len(fresh) :]
+        for part, read in zip(parts, shared, strict=True):
+            own, begun = begun[: len(part.written)], begun[len(part.written) :]
+            self._are_back(part, np.concatenate([read, own]))
         pool.settle()
         pool.restored += len(places)
         return taken[:count]
+
+    def _without_what_is_here(self, parts: "list[_Part]") -> "list[_Part]":
+        """Let sequences have the blocks that the pool still has, or has again, and return the rest. These are the first
+        of each, since what is behind goes to the host first."""
+        rest = []
+        for part in parts:
+            here = self._pool.blocks_of(part.read)
+            if self._blocks:
+                here = np.fromiter(map(self._blocks.get, part.read.tolist(), here.tolist()), np.int32, len(here))
+            count = int(np.count_nonzero(here >= 0))
+            if count:
+                known = min(int(self._rows.known[part.row]), part.column + count)
+                self._pool.share(here[:count], part.run, known, part.column)
+                self._are_back(part.piece(0, count), here[:count])
+            if count < len(part.places):
+                rest.append(part.piece(count, len(part.places)))
+        return rest
+
+    def _are_back(self, part: "_Part", blocks: _Ids) -> None:
+        """A sequence has ``blocks``, which it owns, and not the places of a part any more."""
+        pool, rows = self._pool, self._rows
+        rows.replace(part.row, part.column, blocks)
+        known, end = int(rows.known[part.row]), part.column + len(part.read)
+        pool.come_back(part.run, min(known, end), part.column, part.read, blocks[: len(part.read)])
+        if len(part.written):
+            pool.release(part.written, end, part.run, known)
+            rows.known[part.row] = min(known, end)
 
 
 class _Part:
@@ -198,10 +218,10 @@ class _Part:
         """Of the first of these in its table."""
         self.places = places
         self.read, self.written = places[: len(places) - writes], places[len(places) - writes :]
-        self.kept: _Ids
-        """Blocks that the pool still has, for the first of these."""
-        self.blocks: _Ids
 
     def piece(self, first: int, last: int) -> "_Part":
         writes = len(self.written) > 0 and last >= len(self.places)
         return _Part(self.row, self.run, self.column + first, self.places[first:last], writes)
+
+
+_NONE = np.zeros(0, np.int32)
