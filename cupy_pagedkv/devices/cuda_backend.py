@@ -175,13 +175,13 @@ class PinnedLane:
             turn = way.next_turn(current)
             buffer = way.buffers[turn][: len(places)]
             yield buffer
-            pass
+            way.stream.wait_event(self._backend.event_behind(current))
             for run in runs_of(places):
                 self._backend.copy_to_host(buffer[run], self._memory[places[run.start] :], way.stream)
             way.events[turn] = event = self._backend.event_behind(way.stream)
             while self._copies and self._copies[0].done:
                 self._copies.popleft()
-                pass
+                self._num_done += 1
             self._copies.append(event)
             self._last[places] = self._num_done + len(self._copies)
 
@@ -190,23 +190,22 @@ class PinnedLane:
         """Within it, the array holds what is in ``places``, once the current stream gets to it."""
         with self._backend.on(self._device):
             way, current = self._back, self._backend.current_stream()
-            way.stream.wait_event(self._backend.event_behind(current))
             turn = way.next_turn(way.stream)
             buffer = way.buffers[turn][: len(places)]
             last = int(self._last[places].max()) - self._num_done
             if last > 0:
-                pass
+                way.stream.wait_event(self._copies[last - 1])
             for run in runs_of(places):
                 self._backend.copy_from_host(self._memory[places[run.start] :], buffer[run], way.stream)
-            pass
+            current.wait_event(self._backend.event_behind(way.stream))
             try:
                 yield buffer
             finally:
-                pass
+                way.events[turn] = self._backend.event_behind(current)
 
     def read(self, places: npt.NDArray[np.integer]) -> npt.NDArray[np.uint8]:
         """A copy of what is in ``places``, once all that was queued has come there."""
-        pass
+        self._out.stream.synchronize()
         held: npt.NDArray[np.uint8] = self._memory[places]
         return held
 
@@ -225,7 +224,7 @@ class _Way:
     def next_turn(self, stream: Any) -> int:
         """Which buffer is next; ``stream`` waits until it is not used."""
         self._turn = 1 - self._turn
-        pass
+        stream.wait_event(self.events[self._turn])
         return self._turn
 
 
