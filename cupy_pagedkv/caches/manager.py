@@ -293,8 +293,10 @@ class KVCacheManager:
         if self._mover is not None and self._rows.on_host[in_rows].any():
             in_pool = np.flatnonzero(begun < self._pool.num_blocks)
             back = Returning(self._pool, self._rows, sequences, in_rows, writers)
-            copying = self._pool.writers_that_copy(begun[in_pool], back.are_shared(begun[in_pool]))
-            copying = in_pool[copying].tolist()
+            copying = []
+            if len(in_pool):
+                shared = back.are_shared(begun[in_pool])
+                copying = in_pool[self._pool.writers_that_copy(begun[in_pool], shared)].tolist()
             taken = back.take(len(owners) + len(copying), self._mover)
         else:
             copying = self._pool.writers_that_copy(begun)
