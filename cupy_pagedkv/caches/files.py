@@ -40,6 +40,7 @@ import math
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Mapping
 from io import FileIO
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeAlias
@@ -235,7 +236,7 @@ class _Hashes:
 
 def save(manager: Manager, path: str | os.PathLike[str], *, fingerprint: str | None) -> None:
     """:meth:`KVCacheManager.save`."""
-    hashes, tqdm = _Hashes(), _module("tqdm").tqdm
+    hashes, tqdm = _Hashes(), _bar()
     _check_fingerprint(fingerprint)
     if not manager._prefix_caching:
         raise ValueError("a manager with prefix_caching=False keeps no tokens, so there is nothing to save")
@@ -455,7 +456,7 @@ class _Reader:
 
 def load(manager: Manager, path: str | os.PathLike[str], *, fingerprint: str | None, salvage: bool) -> None:
     """:meth:`KVCacheManager.load`, into a manager that has nothing yet."""
-    hashes, tqdm = _Hashes(), _module("tqdm").tqdm
+    hashes, tqdm = _Hashes(), _bar()
     safetensors = None if salvage else _module("safetensors")
     _check_fingerprint(fingerprint)
     cache, path = manager._cache, os.fsdecode(path)
@@ -803,6 +804,17 @@ def _no_room(index: _Index, manager: Manager) -> ValueError:
 def _check_fingerprint(fingerprint: Any) -> None:
     if not isinstance(fingerprint, str | None):
         raise TypeError(f"fingerprint must be a str or None, got {type(fingerprint).__name__}")
+
+
+def _bar() -> Any:
+    """tqdm's bar, with a lock of its own: tqdm's is of all processes that were forked, and one that is killed while it
+    has it stops the others for ever."""
+
+    class Bar(_module("tqdm").tqdm):  # type: ignore[misc]
+        pass
+
+    Bar.set_lock(threading.RLock())
+    return Bar
 
 
 def _module(name: str) -> Any:
