@@ -34,6 +34,7 @@ in JSON, under ``index``, and its ``checksum``. All hashes are XXH3 of 128 bits:
 
 import contextlib
 import errno
+import functools
 import importlib
 import json
 import math
@@ -236,7 +237,7 @@ class _Hashes:
 
 def save(manager: Manager, path: str | os.PathLike[str], *, fingerprint: str | None) -> None:
     """:meth:`KVCacheManager.save`."""
-    hashes, tqdm = _Hashes(), _bar()
+    hashes, tqdm = _Hashes(), _with_own_lock(_module("tqdm").tqdm)
     _check_fingerprint(fingerprint)
     if not manager._prefix_caching:
         raise ValueError("a manager with prefix_caching=False keeps no tokens, so there is nothing to save")
@@ -456,7 +457,7 @@ class _Reader:
 
 def load(manager: Manager, path: str | os.PathLike[str], *, fingerprint: str | None, salvage: bool) -> None:
     """:meth:`KVCacheManager.load`, into a manager that has nothing yet."""
-    hashes, tqdm = _Hashes(), _bar()
+    hashes, tqdm = _Hashes(), _with_own_lock(_module("tqdm").tqdm)
     safetensors = None if salvage else _module("safetensors")
     _check_fingerprint(fingerprint)
     cache, path = manager._cache, os.fsdecode(path)
@@ -806,12 +807,13 @@ def _check_fingerprint(fingerprint: Any) -> None:
         raise TypeError(f"fingerprint must be a str or None, got {type(fingerprint).__name__}")
 
 
-def _bar() -> Any:
-    """tqdm's bar, with a lock of its own: tqdm's is of all processes that were forked, and one that is killed while it
-    has it stops the others for ever."""
+@functools.cache
+def _with_own_lock(tqdm: Any) -> Any:
+    """tqdm's bar, whose own lock is shared by all processes that were forked: one that is killed while it has it stops
+    the others for ever."""
 
-    class Bar(_module("tqdm").tqdm):  # type: ignore[misc]
-        pass
+    class Bar(tqdm):  # type: ignore[misc]
+        monitor_interval = 0  # no thread of its own
 
     Bar.set_lock(threading.RLock())
     return Bar
