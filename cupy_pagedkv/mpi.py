@@ -286,12 +286,14 @@ class GroupManager(KVCacheManager):
         self._name(sequence)
         return sequence
 
-    def _begin(self, sequences: tuple[CachedSequence, ...], new: NewTokens, buffers: BatchBuffers | None) -> Batch:
+    def _begin(
+        self, sequences: tuple[CachedSequence, ...], new: NewTokens, max_blocks: int, buffers: BatchBuffers | None
+    ) -> Batch:
         if self._tells():
             names = np.fromiter(map(self._told.__getitem__, sequences), np.int32, len(sequences))
             self._tell("prepare", numbers=[names, new.counts.astype(np.int32), new.tokens])
             self._send_calls()  # first, so that all ranks prepare at once; and if it fails, it fails on all
-        batch = super()._begin(sequences, new, buffers)
+        batch = super()._begin(sequences, new, max_blocks, buffers)
         self._name(batch)
         if devices.DEBUG and not self._is_silent:
             self._compare(batch)

@@ -222,11 +222,16 @@ def with_buffers_of(num_blocks: int, manager: KVCacheManager) -> None:
         way.buffers = [over(np.zeros((num_blocks, buffer.shape[1]), np.uint8)) for buffer in way.buffers]
 
 
+def use(monkeypatch: pytest.MonkeyPatch, instance: HostMemoryBackend) -> None:
+    """Let it be what works on CuPy arrays."""
+    monkeypatch.setattr(backend, "_cuda", lambda: instance)
+    monkeypatch.setattr("cupy_pagedkv.caches.cache.backend_on", lambda device: (instance, cupy.cuda.Device(0)))
+
+
 @pytest.fixture
 def host_memory(monkeypatch: pytest.MonkeyPatch) -> HostMemoryBackend:
     instance = HostMemoryBackend()
-    monkeypatch.setattr(backend, "_cuda", lambda: instance)
-    monkeypatch.setattr("cupy_pagedkv.caches.cache.backend_on", lambda device: (instance, cupy.cuda.Device(0)))
+    use(monkeypatch, instance)
     return instance
 
 
@@ -366,8 +371,7 @@ def test_no_order_of_streams_mixes_up_blocks(monkeypatch, seed):
     """Blocks leave and come back while neither stream has caught up: each gather, when its turn comes, is right."""
     rng = np.random.default_rng(seed)
     late = LateBackend(rng)
-    monkeypatch.setattr(backend, "_cuda", lambda: late)
-    monkeypatch.setattr("cupy_pagedkv.caches.cache.backend_on", lambda device: (late, cupy.cuda.Device(0)))
+    use(monkeypatch, late)
     cache = LayeredPagedKVCache(NUM_LAYERS, 10, 4, 1, ROW, "uint8", "cuda")
     manager = KVCacheManager(cache, host_blocks=int(rng.choice([6, 30])))
     with_buffers_of(int(rng.integers(1, 6)), manager)
@@ -426,8 +430,7 @@ def test_no_order_of_streams_mixes_up_blocks(monkeypatch, seed):
 def test_compute_waits_for_nothing_but_what_it_reads(monkeypatch):
     """What comes back is there while what the same call sends, and what was sent before, has not even left."""
     late = LateBackend(np.random.default_rng(0))
-    monkeypatch.setattr(backend, "_cuda", lambda: late)
-    monkeypatch.setattr("cupy_pagedkv.caches.cache.backend_on", lambda device: (late, cupy.cuda.Device(0)))
+    use(monkeypatch, late)
     cache = LayeredPagedKVCache(NUM_LAYERS, 6, 4, 1, ROW, "uint8", "cuda")
     manager = KVCacheManager(cache, host_blocks=12)
     current, out, back = late.streams

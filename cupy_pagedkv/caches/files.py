@@ -812,11 +812,9 @@ def _with_own_lock(tqdm: Any) -> Any:
     """tqdm's bar, whose own lock is shared by all processes that were forked: one that is killed while it has it stops
     the others for ever."""
 
-    class Bar(tqdm):  # type: ignore[misc]
-        monitor_interval = 0  # no thread of its own
-
-    Bar.set_lock(threading.RLock())
-    return Bar
+    bar: Any = type("Bar", (tqdm,), {"monitor_interval": 0})  # and no thread of its own
+    bar.set_lock(threading.RLock())
+    return bar
 
 
 def _module(name: str) -> Any:

@@ -275,18 +275,17 @@ class KVCacheManager:
         """:meth:`prepare`, of so many tokens of each sequence, one behind the other."""
         in_rows = self._rows_of(sequences)
         new = NewTokens(in_rows, self._rows.lengths[in_rows], counts, tokens)
+        max_blocks = -(-int(new.ends.max(initial=0)) // self._block_size)
         if buffers is not None:
             self._check_buffers(buffers)
-            buffers._check_room(len(sequences), len(tokens), self._num_columns(new))
-        return self._begin(sequences, new, buffers)
+            buffers._check_room(len(sequences), len(tokens), max_blocks)
+        return self._begin(sequences, new, max_blocks, buffers)
 
-    def _num_columns(self, new: NewTokens) -> int:
-        """Blocks that the longest of the sequences has then."""
-        return -(-int(new.ends.max(initial=0)) // self._block_size)
-
-    def _begin(self, sequences: tuple[CachedSequence, ...], new: NewTokens, buffers: BatchBuffers | None) -> Batch:
-        """:meth:`prepare`, of what is known to be right."""
-        in_rows, max_blocks = new.rows, self._num_columns(new)
+    def _begin(
+        self, sequences: tuple[CachedSequence, ...], new: NewTokens, max_blocks: int, buffers: BatchBuffers | None
+    ) -> Batch:
+        """:meth:`prepare`, of what is known to be right; the longest of the sequences has ``max_blocks`` then."""
+        in_rows = new.rows
         owners, columns = self._rows.missing(new)
         writers, begun_columns = self._rows.begun(new)
         begun = self._rows.blocks_at(in_rows[writers], begun_columns)

@@ -99,8 +99,8 @@ def _long_runs(blocks: _Array, num_bytes: int) -> list[slice] | None:
     # To look for runs takes its time, too.
     if num_bytes < _MUCH or num_bytes < min(2 * _MUCH, len(blocks) * _LONG_RUN):
         return None
-    runs = list(runs_of(blocks))
-    return runs if len(runs) * _LONG_RUN <= num_bytes else None
+    num_runs = 1 + int(np.count_nonzero(blocks[1:] != blocks[:-1] + 1))
+    return list(runs_of(blocks)) if num_runs * _LONG_RUN <= num_bytes else None
 
 
 def _read_blocks(
@@ -279,6 +279,7 @@ class NumpyBackend(HostArrays):
             )
             return
         step = _tokens_of_a_job(layout, num_bytes)
+        by_runs = any(items is None for _, _, items in tensors)
         starts = None if seq_starts is None else seq_starts.tolist()
         jobs: list[Job] = []
         first = 0
@@ -296,7 +297,7 @@ class NumpyBackend(HostArrays):
                     count = min(whole * block_size, step)
                     blocks = block_tables[i, column : column + count // block_size]
                     piece = slice(first, first + count)
-                    runs = _long_runs(blocks, count * layout.token_bytes // 2)
+                    runs = _long_runs(blocks, count * layout.token_bytes // 2) if by_runs else None
                     for tokens, pool, items in tensors:
                         jobs.append(functools.partial(_read_blocks, tokens[piece], pool, items, blocks, runs))
                 first += count
