@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -26,25 +27,28 @@ class FullSize(EmulatedBackend):
         return ARCHITECTURES[ARCH].multiprocessors
 
 
-def launch_of(kernel: str, shape: tuple[int, int, str], num_seqs: int = 16, seq_len: int = 128) -> LaunchProfile:
+def launch(kernel: str, shape: tuple[int, int, str], num_seqs: int = 16, seq_len: int = 128, xp: Any = np) -> None:
     """One launch of ``kernel`` on blocks and slots that lie anywhere, of as many tokens as sequences have in all."""
     rng = np.random.default_rng(0)
     heads, dim, dtype = shape
     num_tokens = num_seqs * seq_len
-    with emulated_by(FullSize()):
-        num_blocks = max(NUM_BLOCKS, num_seqs * -(-seq_len // BLOCK_SIZE))
-        cache = PagedKVCache(num_blocks, BLOCK_SIZE, heads, dim, dtype, "cpu")
-        blocks = rng.permutation(num_blocks)
-        with profile() as launches:
-            if kernel == "reshape_and_cache":
-                tokens = np.zeros((2, num_tokens, heads, dim), dtype)
-                cache.update(*tokens, rng.permutation(num_blocks * BLOCK_SIZE)[:num_tokens])
-            elif kernel == "gather_cache":
-                needed = -(-seq_len // BLOCK_SIZE)
-                tables = blocks[: num_seqs * needed].reshape(num_seqs, needed).astype(np.int32)
-                cache.gather(tables, np.full(num_seqs, seq_len, np.int32))
-            else:
-                cache.copy_blocks(*blocks[: 2 * (num_blocks // 4)].reshape(2, -1))
+    num_blocks = max(NUM_BLOCKS, num_seqs * -(-seq_len // BLOCK_SIZE))
+    cache = PagedKVCache(num_blocks, BLOCK_SIZE, heads, dim, dtype, "cpu" if xp is np else "cuda")
+    blocks = rng.permutation(num_blocks)
+    if kernel == "reshape_and_cache":
+        tokens = xp.zeros((2, num_tokens, heads, dim), dtype)
+        cache.update(*tokens, xp.asarray(rng.permutation(num_blocks * BLOCK_SIZE)[:num_tokens]))
+    elif kernel == "gather_cache":
+        needed = -(-seq_len // BLOCK_SIZE)
+        tables = blocks[: num_seqs * needed].reshape(num_seqs, needed).astype(np.int32)
+        cache.gather(xp.asarray(tables), np.full(num_seqs, seq_len, np.int32))
+    else:
+        cache.copy_blocks(*xp.asarray(blocks[: 2 * (num_blocks // 4)]).reshape(2, -1))
+
+
+def launch_of(kernel: str, shape: tuple[int, int, str], num_seqs: int = 16, seq_len: int = 128) -> LaunchProfile:
+    with emulated_by(FullSize()), profile() as launches:
+        launch(kernel, shape, num_seqs, seq_len)
     return launches[0]
 
 
@@ -76,21 +80,28 @@ ATTENDED = {  # heads, head_dim of K and of V, dtype, query heads of a KV head, 
 SEEN_OF = 1000  # tokens of a sequence
 
 
+def attend(
+    heads: int, dim: int, v_dim: int, dtype: str, group: int, num_seqs: int, new: int, window: int, xp: Any = np
+) -> None:
+    """Attention over blocks that lie anywhere: a launch, and one more where splits are merged."""
+    rng = np.random.default_rng(0)
+    needed = -(-SEEN_OF // BLOCK_SIZE)
+    k_cache = xp.zeros((num_seqs * needed, BLOCK_SIZE, heads, dim), dtype)
+    v_cache = k_cache.copy() if v_dim == dim else k_cache[..., :v_dim]
+    tables = rng.permutation(num_seqs * needed).reshape(num_seqs, needed).astype(np.int32)
+    query = xp.zeros((num_seqs * new, heads * group, dim), dtype)
+    ends = np.arange(num_seqs + 1, dtype=np.int32) * new
+    paged_attention(query, k_cache, v_cache, xp.asarray(tables), np.full(num_seqs, SEEN_OF), ends, max_seqlen_q=new,
+                    window_size=(window - 1, 0))  # fmt: skip
+
+
 def attention_of(
     heads: int, dim: int, v_dim: int, dtype: str, group: int, num_seqs: int, new: int, window: int
 ) -> tuple[LaunchProfile, int]:
-    """One launch of attention over blocks that lie anywhere, and the bytes of K and V that it has to read: in each row
-    tile of a KV head once, what one of its rows sees."""
-    rng = np.random.default_rng(0)
-    needed = -(-SEEN_OF // BLOCK_SIZE)
-    k_cache = np.zeros((num_seqs * needed, BLOCK_SIZE, heads, dim), dtype)
-    v_cache = k_cache.copy() if v_dim == dim else k_cache[..., :v_dim]
-    tables = rng.permutation(num_seqs * needed).reshape(num_seqs, needed).astype(np.int32)
-    query = np.zeros((num_seqs * new, heads * group, dim), dtype)
-    ends = np.arange(num_seqs + 1, dtype=np.int32) * new
+    """The launch over the pools, and the bytes of K and V that it has to read: in each row tile of a KV head once, what
+    one of its rows sees."""
     with emulated_by(FullSize()), profile() as launches:
-        paged_attention(query, k_cache, v_cache, tables, np.full(num_seqs, SEEN_OF), ends, max_seqlen_q=new,
-                        window_size=(window - 1, 0))  # fmt: skip
+        attend(heads, dim, v_dim, dtype, group, num_seqs, new, window)
     rows, positions = define(launches[0], "ROWS"), 0
     for first in range(0, new * group, rows):
         first_token, last_token = first // group, min(first + rows - 1, new * group - 1) // group

@@ -10,6 +10,8 @@
 #include "attention.cuh"
 #include "sequences.cuh"
 
+constexpr int BATCH = 8;  // splits that are read before the first of them is united
+
 extern "C" __global__ void __launch_bounds__(128) merge_splits(
     const float* scratch, long long num_splits, const char* seq_lens, long long lens_stride, const char* cu_seqlens,
     long long cu_stride, long long num_seqs, long long num_tokens, long long num_heads, long long max_blocks,
@@ -27,15 +29,27 @@ extern "C" __global__ void __launch_bounds__(128) merge_splits(
     const Interval sees = sequences.mask(seq).of_token(token - sequences.first_token(seq));
     Sum sum;
     float value = 0;
-    for (int first = sees.first / SPLIT * SPLIT; first < sees.end; first += SPLIT) {
-        const long long row = (first / SPLIT % num_splits * num_tokens + token) * num_heads + head;
-        const float* of_row = scratch + row * (V_DIM + 2);
-        Sum of_split;
-        of_split.most = of_row[0];
-        of_split.total = of_row[1];
-        const United both = unite(sum, of_split);
-        value = both.values(value, of_row[2 + column]);
-        sum = both.sum;
+    const int first = sees.first / SPLIT, end = (sees.end + SPLIT - 1) / SPLIT;
+    int slot = first % (int)num_splits;
+    for (int split = first; split < end; split += BATCH) {
+        Sum sums[BATCH];
+        float values[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            if (split + i >= end) break;
+            const float* of_row = scratch + ((slot * num_tokens + token) * num_heads + head) * (V_DIM + 2);
+            sums[i].most = of_row[0];
+            sums[i].total = of_row[1];
+            values[i] = of_row[2 + column];
+            if (++slot == num_splits) slot = 0;
+        }
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            if (split + i >= end) break;
+            const United both = unite(sum, sums[i]);
+            value = both.values(value, values[i]);
+            sum = both.sum;
+        }
     }
     const End ends = sinks ? end_of(sum, *(const float*)(sinks + head * sink_stride)) : end_of(sum);
     *(ELEMENT::Bits*)(out + token * out_token + head * out_head + column * out_dim) = ELEMENT::round(ends.value(value));

@@ -32,6 +32,7 @@ constexpr int WARPS = 4, THREADS = 32 * WARPS;
 constexpr int ROW_TILES = ROWS / 16;
 constexpr int SCORE_TILES = TILE / 8 / WARPS;                       // of 8 positions, of a warp
 constexpr int VALUE_TILES = (V_PART + 8 * WARPS - 1) / (8 * WARPS); // of 8 columns of V, of a warp
+constexpr int QUERY_BATCH = 16;                                     // elements that a thread asks for before it stores one
 typedef ELEMENT::Bits Bits;
 
 __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
@@ -142,8 +143,10 @@ __device__ __forceinline__ void copy_chunk(Chunk* to, const char* from, bool the
 }
 template <int CHUNKS> __device__ __forceinline__ void copy_tile(Chunk* to, const char* pool, const long long (&places)[TILE])
 {
-    for (int i = threadIdx.x; i < TILE * CHUNKS; i += THREADS) {
-        const int row = i / CHUNKS, chunk = i % CHUNKS;
+    static_assert(TILE * CHUNKS % THREADS == 0, "");  // chunks come in pairs, and positions by 32
+#pragma unroll
+    for (int first = 0; first < TILE * CHUNKS; first += THREADS) {
+        const unsigned i = first + threadIdx.x, row = i / CHUNKS, chunk = i % CHUNKS;
         const long long place = places[row];
         copy_chunk(&to[swizzled<CHUNKS>(row, chunk)], place == NOWHERE ? pool : pool + place + chunk * 16, place != NOWHERE);
     }
@@ -480,12 +483,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_attention(
                             exists ? (int)(first_token + token) : -1, head};
         for (int w = 0; w < WARPS; ++w) shared.united[w][row] = Sum();
     }
-    for (int i = threadIdx.x; i < ROWS * HEAD_DIM; i += THREADS) {
-        const int row = i / HEAD_DIM, d = i % HEAD_DIM;
-        const long long token = first_token + (first_row + row) / GROUP, head = kv_head * GROUP + (first_row + row) % GROUP;
-        const char* q = query + token * query_token + head * query_head + d * query_dim;
-        shared.put_query(row, d, first_row + row < num_rows ? *(const Bits*)q : Bits(0));
-    }
     // What any of the rows sees, and what all of them see.
     const Interval of_first = mask.of_token(first_row / GROUP);
     const Interval of_last = mask.of_token((min(first_row + ROWS, num_rows) - 1) / GROUP);
@@ -499,27 +496,49 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_attention(
     int ahead = tile;
     if (scratch && tile >= end) return;
 
+    // Each of the first TILE threads has one position of a tile.
     const char* table = block_tables + seq * table_stride;
-    const auto look_up = [&](Places& places, int tile) {
-        if (threadIdx.x >= TILE) return;
-        const int p = (int)((unsigned)tile * TILE + threadIdx.x);  // ahead of the end it may wrap, and nobody sees it
-        long long k = NOWHERE, v = NOWHERE;
-        if (any.has(p)) {
-            const long long block = *(const TABLE_T*)(table + p / BLOCK_SIZE * entry_stride);
-            if (0 <= block && block < num_blocks) {
-                k = block * k_block + p % BLOCK_SIZE * k_slot;
-                v = block * v_block + p % BLOCK_SIZE * v_slot;
-            }
-        }
-        places.k[threadIdx.x] = k;
-        places.v[threadIdx.x] = v;
+    const auto position = [](int tile) { return (int)((unsigned)tile * TILE + threadIdx.x); };  // past the end it may wrap
+    const auto block_of = [&](int tile) {
+        const bool wanted = threadIdx.x < TILE && any.has(position(tile));
+        return wanted ? (long long)*(const TABLE_T*)(table + position(tile) / BLOCK_SIZE * entry_stride) : -1;
     };
-    // STAGES tiles are looked up, and on their way, before they are needed.
-    for (int i = 0; i < STAGES; ++i, ahead = next(ahead)) {
-        look_up(shared.places[i % 2], ahead);
-        __syncthreads();
-        fetch(shared, i, shared.places[i % 2], k_pool, v_pool);
+    const auto put_places = [&](Places& places, int tile, long long block) {
+        if (threadIdx.x >= TILE) return;
+        const int slot = position(tile) % BLOCK_SIZE;
+        const bool there = 0 <= block && block < num_blocks;
+        places.k[threadIdx.x] = there ? block * k_block + slot * k_slot : NOWHERE;
+        places.v[threadIdx.x] = there ? block * v_block + slot * v_slot : NOWHERE;
+    };
+    // STAGES tiles are on their way before they are needed, and the blocks of one more are known: where a load is followed by
+    // what needs it, a warp waits.
+    long long blocks[STAGES + 1];
+#pragma unroll
+    for (int i = 0, t = tile; i <= STAGES; ++i, t = next(t)) blocks[i] = block_of(t);
+#pragma unroll
+    for (int i = 0; i < STAGES; ++i, ahead = next(ahead)) put_places(shared.places[i], ahead, blocks[i]);
+    long long block_ahead = blocks[STAGES];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < STAGES; ++i) {
+        fetch(shared, i, shared.places[i], k_pool, v_pool);
         cp_async_commit();
+    }
+    for (int first = threadIdx.x; first < ROWS * HEAD_DIM; first += QUERY_BATCH * THREADS) {
+        Bits elements[QUERY_BATCH];
+#pragma unroll
+        for (int j = 0; j < QUERY_BATCH; ++j) {
+            const int i = first + j * THREADS;
+            if (i >= ROWS * HEAD_DIM) break;
+            const Row& row = shared.rows[i / HEAD_DIM];
+            const char* q = query + row.token * query_token + row.head * query_head + i % HEAD_DIM * query_dim;
+            elements[j] = row.token >= 0 ? *(const Bits*)q : Bits(0);
+        }
+#pragma unroll
+        for (int j = 0; j < QUERY_BATCH; ++j) {
+            const int i = first + j * THREADS;
+            if (i < ROWS * HEAD_DIM) shared.put_query(i / HEAD_DIM, i % HEAD_DIM, elements[j]);
+        }
     }
 
     const Scoring scoring{inner, outer, alibi_slopes != nullptr};
@@ -530,7 +549,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_attention(
         const Places &here = shared.places[i % 2], &next_places = shared.places[(i + STAGES) % 2];
         cp_async_wait<STAGES - 1>();
         __syncthreads();  // the tile is there, and so is, at first, the query
-        look_up(shared.places[(i + STAGES) % 2], ahead);
+        put_places(shared.places[(i + STAGES) % 2], ahead, block_ahead);
+        block_ahead = block_of(next(ahead));
 
         Accumulator s[ROW_TILES][SCORE_TILES];
         products(s, shared, stage, here, k_pool);

@@ -18,6 +18,7 @@ _MOST_STAGES = 2
 _MOST_COLUMNS = 512  # of V, that a block has: two accumulators of 64 registers a thread, with 16 rows
 _MOST_FLOATS = 8192  # rows times columns of V: with more, the accumulators would not fit the registers
 _MOST_SCRATCH = 2**26  # floats
+_BLOCKS_OF_FEW_ROWS = 16  # thread blocks for each multiprocessor
 
 
 class Shape(NamedTuple):
@@ -98,8 +99,9 @@ def spread_of(
     if scoring is None:  # where all splits are too many, a window's may be few enough
         scratch = min(scratch, _MOST_SCRATCH)
     # Few rows wait for memory, and many blocks hide that; many rows compute, and what is kept would cost more.
-    wanted = processors * (16 if shape.rows == 16 else 1)
+    wanted = processors * (_BLOCKS_OF_FEW_ROWS if shape.rows == 16 else 1)
     z = min(splits, -(-wanted // max(1, tiles * heads)), 65535)
+    z = -(-splits // -(-splits // z))  # as few as leave the longest as it is
     if z == 1 or scratch > _MOST_SCRATCH:
         return Spread((tiles, heads, 1), 0, 0)
     return Spread((tiles, heads, z), splits, scratch)
