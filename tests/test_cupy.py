@@ -312,6 +312,16 @@ def test_values_of_heads_on_another_gpu(host_memory, name):
         paged_attention(query, pool, pool, [[0]], [1], **{name: over(np.zeros(2, np.float32), 1)})
 
 
+def test_buffers_that_are_no_arrays(host_memory):
+    query, pool = over(np.zeros((1, 2, 16), np.float16)), over(np.zeros((4, 16, 2, 16), np.float16))
+    buffers = AttentionBuffers(query, over(np.zeros((1, 2), np.float32)), over(np.zeros(1000, np.float32)))
+    with pytest.raises(TypeError, match="out must be a NumPy or CuPy array, or speak DLPack, got list"):
+        paged_attention(query, pool, pool, [[0]], [1], out=buffers._replace(out=[1.0]))
+    for name in ("lse", "scratch"):
+        with pytest.raises(TypeError, match=f"{name} must be an array where the others are, got list"):
+            paged_attention(query, pool, pool, [[0]], [1], out=buffers._replace(**{name: [1.0]}))
+
+
 @pytest.mark.parametrize("debug", [False, True])
 def test_lengths_on_the_gpu_need_out(host_memory, monkeypatch, debug):
     monkeypatch.setattr(backend, "DEBUG", debug)

@@ -137,8 +137,8 @@ def paged_attention(
     scratch = None
     if isinstance(out, AttentionBuffers):
         result, lse, scratch = arrays_of(("out", "lse", "scratch"), *out)
-        _check_float32("lse", lse, layout.result.shape[:2], backend, result)
-        _check_float32("scratch", scratch, None, backend, result)
+        _check_float32("lse", lse, layout.result.shape[:2], backend, query)
+        _check_float32("scratch", scratch, None, backend, query)
     else:
         result = array_of("out", out)
         lse = _new_lse(backend, layout, query, padded=ends is not None) if return_lse else None
