@@ -10,7 +10,7 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import ml_dtypes
@@ -90,9 +90,9 @@ class HostMemoryBackend(CudaBackend):
         return AddressedKernel(source_of(name, defines), name, self)
 
     @contextmanager
-    def on(self, device: Any) -> Iterator[None]:
-        assert isinstance(device, cupy.cuda.Device)
-        before, self.current = self.current, device.id
+    def on(self, number: int) -> Iterator[None]:
+        assert isinstance(number, int)
+        before, self.current = self.current, number
         try:
             yield
         finally:
@@ -303,6 +303,13 @@ def test_attention_on_cupy_arrays_in_host_memory(host_memory, rng, device, dtype
             assert np.array_equal(bits(HostMemory().numpy(got)), bits(result))
     merged, _ = merge_attention_states(buffers.out, buffers.lse, buffers.out, buffers.lse)
     assert np.array_equal(bits(HostMemory().numpy(merged)), bits(result))
+
+
+def test_only_another_device_is_switched_to(monkeypatch):
+    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: 1)
+    on = CudaBackend(cupy).on
+    assert isinstance(on(1), nullcontext)
+    assert on(0) == cupy.cuda.Device(0)
 
 
 @pytest.mark.parametrize("name", ["alibi_slopes", "sinks"])

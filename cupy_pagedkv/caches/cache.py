@@ -15,7 +15,7 @@ from ..devices.dlpack import arrays_of
 from ..devices.layout import pools_of
 from ..operations.arguments import Array, IndexArray
 from ..operations.attention import AttentionBuffers, paged_attention
-from ..operations.copies import copy_blocks, gather_cache, reshape_and_cache, scatter
+from ..operations.copies import copy_blocks, gather_cache, scatter
 
 __all__ = ["LayeredPagedKVCache", "PagedKVCache"]
 
@@ -138,7 +138,7 @@ class PagedKVCache:
 
     def update(self, key: Array, value: Array, slot_mapping: IndexArray) -> None:
         """Write the K and V of new tokens to their slots: :func:`~cupy_pagedkv.reshape_and_cache` on these pools."""
-        reshape_and_cache(key, value, self._k_cache, self._v_cache, slot_mapping)
+        scatter(("key", "value"), key, value, self._k_cache, self._v_cache, slot_mapping)
 
     def gather(
         self,

@@ -11,12 +11,12 @@ Environment, read when the package is imported:
 
 import functools
 import os
-import sys
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from .cuda_backend import CudaBackend
+from .dlpack import cupy_array
 from .numpy_backend import NumpyBackend
 
 __all__ = ["Backend", "backend_of", "backend_on"]
@@ -66,19 +66,11 @@ def backend_of(names: tuple[str, ...], *arrays: Any) -> Backend:
             break
     else:
         return _host()
-    if all(isinstance(array, np.ndarray) for array in arrays):  # a memory map, perhaps
-        for name, array in zip(names, arrays, strict=True):
-            if isinstance(array, np.ma.MaskedArray):
-                raise TypeError(
-                    f"{name} must not be a masked array, of which a pool cannot keep the mask; "
-                    f"give {name}.data or {name}.filled(0)"
-                )
-        return _host()
-    cupy = sys.modules.get("cupy")  # a CuPy array cannot exist where nobody imported CuPy
-    cupy_array = cupy.ndarray if cupy is not None else ()
+    of_cupy = cupy_array()
     for array in arrays:
-        if not isinstance(array, cupy_array):
-            raise _no_backend(names, arrays, cupy_array)
+        if not isinstance(array, of_cupy):
+            _check_subclasses(names, arrays)
+            return _host()
     device = arrays[0].data.device_id
     for array in arrays:
         if array.data.device_id != device:
@@ -87,12 +79,21 @@ def backend_of(names: tuple[str, ...], *arrays: Any) -> Backend:
     return _cuda()
 
 
-def _no_backend(names: tuple[str, ...], arrays: tuple[Any, ...], cupy_array: Any) -> TypeError:
-    for name, array in zip(names, arrays, strict=True):
-        if not isinstance(array, (np.ndarray, cupy_array)):
-            return TypeError(f"{name} must be a NumPy or CuPy array, or speak DLPack, got {type(array).__name__}")
-    kinds = (f"{name} is {type(array).__module__}.ndarray" for name, array in zip(names, arrays, strict=True))
-    return TypeError(f"NumPy and CuPy arrays cannot be mixed in one call: {', '.join(kinds)}; move them to one device")
+def _check_subclasses(names: tuple[str, ...], arrays: tuple[Any, ...]) -> None:
+    """That all are of NumPy, as memory maps are, and none is masked."""
+    named = tuple(zip(names, arrays, strict=True))
+    for name, array in named:
+        if not isinstance(array, (np.ndarray, cupy_array())):
+            raise TypeError(f"{name} must be a NumPy or CuPy array, or speak DLPack, got {type(array).__name__}")
+    if not all(isinstance(array, np.ndarray) for array in arrays):
+        kinds = ", ".join(f"{name} is {type(array).__module__}.ndarray" for name, array in named)
+        raise TypeError(f"NumPy and CuPy arrays cannot be mixed in one call: {kinds}; move them to one device")
+    for name, array in named:
+        if isinstance(array, np.ma.MaskedArray):
+            raise TypeError(
+                f"{name} must not be a masked array, of which a pool cannot keep the mask; "
+                f"give {name}.data or {name}.filled(0)"
+            )
 
 
 def backend_on(device: str | None) -> tuple[Backend, Any]:

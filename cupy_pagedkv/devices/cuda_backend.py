@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -81,6 +82,12 @@ def _block_runs(pool: Form) -> tuple[tuple[int, int, int], tuple[int, int]]:
     return (outer, inner, run), (outer_stride, inner_stride)
 
 
+@functools.lru_cache(4096)
+def _step(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """The greatest number of bytes that all distances between elements are multiples of."""
+    return math.gcd(*(stride for stride, n in zip(strides, shape, strict=True) if n > 1))
+
+
 def _check_block_bytes(pools: Pools) -> None:
     for pool in (pools.k_cache, pools.v_cache):
         row = pool.shape[3] * pool.shape[4] * pool.dtype.itemsize
@@ -109,10 +116,25 @@ class _Plan(NamedTuple):
     """Accesses in the longer row, of K or of V; in the longer block, where blocks are copied."""
 
 
-class _AttentionPlan(NamedTuple):
+class _AttentionKernels(NamedTuple):
     shape: Shape
     kernel: Any
     merge: Any
+
+
+class _AttentionPlan(NamedTuple):
+    """All of a launch but the addresses of its arrays, and the strides of those that have none in the layout."""
+
+    kernel: Any
+    merge: Any
+    shared_bytes: int
+    spread: Spread
+    query_strides: tuple[int, ...]
+    k_strides: tuple[int, ...]
+    v_strides: tuple[int, ...]
+    inner: np.float32
+    outer: np.float32
+    """Factors of scores within softcap's tanh, and of exponents of 2."""
 
 
 class PinnedStaging:
@@ -135,7 +157,7 @@ class PinnedStaging:
 
     def send(self, staged: npt.NDArray[np.uint8], device: Any, out: Any = None) -> Any:
         """``staged`` on ``device``, or in ``out`` there, once the current stream gets to it."""
-        with self._backend.on(device):
+        with self._backend.on(device.id):
             if out is None:
                 out = self._backend.empty(staged.shape, staged.dtype, device)
             self._in_flight.append((self._backend.copy_async(staged, out), staged))
@@ -154,7 +176,7 @@ class PinnedLane:
         self._backend = backend
         self._device = device
         size = min(num_places, max(1, _LANE_BYTES // num_bytes)), num_bytes
-        with backend.on(device):
+        with backend.on(device.id):
             memory = backend.pinned_memory(num_places * num_bytes)
             self._out, self._back = (_Way(backend, size, device) for _ in range(2))
         self._memory: npt.NDArray[np.uint8] = memory.reshape(num_places, num_bytes)
@@ -170,7 +192,7 @@ class PinnedLane:
     @contextmanager
     def to_host(self, places: npt.NDArray[np.integer]) -> Iterator[Any]:
         """Within it, what the current stream writes to the array, ``[n, num_bytes]``, comes to ``places``."""
-        with self._backend.on(self._device):
+        with self._backend.on(self._device.id):
             way, current = self._out, self._backend.current_stream()
             turn = way.next_turn(current)
             buffer = way.buffers[turn][: len(places)]
@@ -188,7 +210,7 @@ class PinnedLane:
     @contextmanager
     def from_host(self, places: npt.NDArray[np.integer]) -> Iterator[Any]:
         """Within it, the array holds what is in ``places``, once the current stream gets to it."""
-        with self._backend.on(self._device):
+        with self._backend.on(self._device.id):
             way, current = self._back, self._backend.current_stream()
             turn = way.next_turn(way.stream)
             buffer = way.buffers[turn][: len(places)]
@@ -238,12 +260,18 @@ class CudaBackend:
     name = "cuda"
     checks_indices = False  # a check would have to wait for the stream
 
+    # Not methods, which take as long again to be called.
+    _address: Callable[[Any], int] = staticmethod(attrgetter("data.ptr"))
+    _device: Callable[[Any], Any] = staticmethod(attrgetter("data.device_id"))
+    """The number of the array's device, as :meth:`on` takes it."""
+
     def __init__(self, xp: Any) -> None:
         self.xp = xp
-        self.ndarray: type = xp.ndarray
+        self.ndarray: Any = xp.ndarray
         self._kernel = functools.cache(self._build_kernel)
         self._plan = functools.lru_cache(4096)(self._make_plan)
         self._copy_plan = functools.lru_cache(4096)(self._make_copy_plan)
+        self._attention_kernels = functools.lru_cache(4096)(self._make_attention_kernels)
         self._attention_plan = functools.lru_cache(4096)(self._make_attention_plan)
         self._processors = functools.cache(self._count_processors)
         self._architecture: Callable[[Any], tuple[int, int]] = functools.cache(self._read_architecture)
@@ -259,23 +287,15 @@ class CudaBackend:
         place = self.xp.cuda.Device(device)
         return int(place.compute_capability), place.attributes["MaxSharedMemoryPerBlockOptin"]
 
-    def _address(self, array: Any) -> int:
-        return array.data.ptr  # type: ignore[no-any-return]
-
-    def _device(self, array: Any) -> Any:
-        """What identifies the array's device, and can be hashed."""
-        return array.data.device_id
-
     def same_device(self, a: Any, b: Any) -> bool:
-        return bool(a.data.device_id == b.data.device_id)
+        return a.data.device_id == b.data.device_id  # type: ignore[no-any-return]
 
     def device_name(self, array: Any) -> str:
         return f"cuda:{array.device.id}"
 
     def is_aligned(self, array: Any) -> bool:
         """Whether its elements lie at multiples of their size."""
-        steps = (stride for stride, n in zip(array.strides, array.shape, strict=True) if n > 1)
-        return not any(n % array.itemsize for n in (self._address(array), *steps))
+        return not math.gcd(self._address(array), _step(array.shape, array.strides)) % array.itemsize
 
     def asnumpy(self, array: Any) -> np.ndarray:
         """The array in host memory, once the current stream has got there."""
@@ -285,11 +305,11 @@ class CudaBackend:
         """Wait for CuPy's current stream."""
         self.xp.cuda.get_current_stream().synchronize()
 
-    def on(self, device: Any) -> AbstractContextManager[Any]:
-        """Within it, CuPy's current device is ``device``."""
-        if device.id == self.xp.cuda.runtime.getDevice():
+    def on(self, number: Any) -> AbstractContextManager[Any]:
+        """Within it, CuPy's current device is the one of this number."""
+        if number == self.xp.cuda.runtime.getDevice():
             return _NOTHING  # a switch and its return take longer than a launch's arguments
-        return device  # type: ignore[no-any-return]
+        return self.xp.cuda.Device(number)  # type: ignore[no-any-return]
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: Any) -> Any:
         return self._make(self.xp.zeros, shape, dtype, device)
@@ -298,13 +318,13 @@ class CudaBackend:
         return self._make(self.xp.empty, shape, dtype, device)
 
     def _make(self, creator: Any, shape: tuple[int, ...], dtype: np.dtype[Any], device: Any) -> Any:
-        with self.on(device):
+        with self.on(device.id):
             # As bytes: CuPy makes no arrays of float8 and other dtypes that its views can have.
             return creator((*shape[:-1], shape[-1] * dtype.itemsize), np.uint8).view(dtype)
 
     def from_numpy(self, array: npt.NDArray[Any], device: Any) -> Any:
         """A copy on ``device``, made on the current stream; ``array`` may be changed as soon as this returns."""
-        with self.on(device):
+        with self.on(device.id):
             # CuPy stages pageable memory, but reads pinned memory whenever the stream gets there: hence a copy of ours.
             return self.xp.asarray(array.copy())
 
@@ -351,7 +371,7 @@ class CudaBackend:
         self, key: Any, value: Any, k_cache: Any, v_cache: Any, slot_mapping: Any, layout: Layout
     ) -> None:
         arrays = (key, value, k_cache, v_cache)
-        plan = self._plan("reshape_and_cache", layout, self._misalignment(arrays), slot_mapping.itemsize)
+        plan = self._plan("reshape_and_cache", layout, self._misalignment(*arrays), slot_mapping.itemsize)
         num_tokens, num_slots = layout.num_tokens, layout.num_blocks * layout.block_size
         arguments = (*arrays, slot_mapping, *plan.strides, *slot_mapping.strides, num_tokens, num_slots)
         self._launch(plan.kernel, key, num_tokens, plan.row, layout.num_layers, arguments)
@@ -373,7 +393,7 @@ class CudaBackend:
         plan = self._plan(
             "gather_cache",
             layout,
-            self._misalignment(arrays),
+            self._misalignment(*arrays),
             block_tables.itemsize,
             seq_lens.itemsize,
             seq_lens.itemsize if seq_starts is None else seq_starts.itemsize,
@@ -385,12 +405,13 @@ class CudaBackend:
         indices = (block_tables, *block_tables.strides, max_blocks, seq_lens, *seq_lens.strides, *starts, num_seqs)
         arguments = (*arrays, *plan.strides, *indices, num_rows, layout.num_blocks)
         # Each block sums all lengths: more blocks than run at once would only read them again.
-        at_once = max(1, self._processors(self._device(key)) * _GATHER_BLOCKS // (2 * layout.num_layers))
-        self._launch(plan.kernel, key, segments, layout.block_size * plan.row, layout.num_layers, arguments, at_once)
+        self._launch(
+            plan.kernel, key, segments, layout.block_size * plan.row, layout.num_layers, arguments, _GATHER_BLOCKS
+        )
 
     def copy_blocks(self, k_cache: Any, v_cache: Any, src: Any, dst: Any, pools: Pools) -> None:
         arrays = (k_cache, v_cache)
-        plan = self._copy_plan(pools, self._misalignment(arrays), src.itemsize, dst.itemsize)
+        plan = self._copy_plan(pools, self._misalignment(*arrays), src.itemsize, dst.itemsize)
         arguments = (*arrays, src, dst, *plan.strides, *src.strides, *dst.strides, len(src), pools.num_blocks)
         self._launch(plan.kernel, k_cache, len(src), plan.row, pools.num_layers, arguments)
 
@@ -414,38 +435,32 @@ class CudaBackend:
         """Where ``scratch`` has too little room, or no pairs of floats, blocks take whole sequences, and longer."""
         num_seqs, max_blocks = block_tables.shape
         packed = cu_seqlens_q is not None
-        device = self._device(query)
-        sizes = (block_tables.itemsize, seq_lens.itemsize, cu_seqlens_q.itemsize if packed else seq_lens.itemsize)
-        v_is_k = self._address(k_cache) == self._address(v_cache) and k_cache.strides == v_cache.strides
-        with self.on(query.device):  # where CuPy compiles the kernel, and sets its limit
+        device, k_address, v_address = self._device(query), self._address(k_cache), self._address(v_cache)
+        with self.on(device):  # where CuPy compiles the kernel, and sets its limit, too
             plan = self._attention_plan(
-                layout, self._many_rows(layout, num_seqs, max_seqlen_q if packed else 1),
-                v_is_k and v_cache.shape[3] <= k_cache.shape[3], self._misalignment((k_cache, v_cache)),
-                scoring.softcap > 0, device, self._architecture(device), *sizes,
+                layout, scoring, num_seqs, max_blocks, packed, max_seqlen_q if packed else 1, k_address == v_address,
+                (k_address | v_address) % 16, device, self._architecture(device), block_tables.itemsize,
+                seq_lens.itemsize, cu_seqlens_q.itemsize if packed else seq_lens.itemsize,
             )  # fmt: skip
-        spread = spread_of(layout, plan.shape, scoring, num_seqs, max_blocks, packed, self._processors(device))
-        if scratch is None and spread.scratch:
-            scratch = self.empty((spread.scratch,), np.dtype(np.float32), query.device)
-        elif scratch is not None and (scratch.size < spread.scratch or self._address(scratch) % 8):  # it is float2
-            spread = Spread((*spread.grid[:2], 1), 0, 0)
-        split = spread.splits > 0
+            spread = plan.spread
+            if scratch is None and spread.scratch:
+                scratch = self.empty((spread.scratch,), np.dtype(np.float32), query.device)
+            elif scratch is not None and (scratch.size < spread.scratch or self._address(scratch) % 8):  # it is float2
+                spread = Spread((*spread.grid[:2], 1), 0, 0)
+            split = spread.splits > 0
 
-        sequences = (seq_lens, *seq_lens.strides, *_or_null(cu_seqlens_q, 1), num_seqs, layout.num_tokens)
-        num_heads = layout.query.shape[1]
-        log2_e = math.log2(math.e)
-        inner = scoring.softmax_scale / scoring.softcap if scoring.softcap else 0.0
-        outer = (scoring.softcap or scoring.softmax_scale) * log2_e
-        results = (*_or_null(sinks, 1), out, *out.strides, *_or_null(lse, 2))
-        with self.on(query.device):
+            sequences = (seq_lens, *seq_lens.strides, *_or_null(cu_seqlens_q, 1), num_seqs, layout.num_tokens)
+            num_heads = layout.query.shape[1]
+            results = (*_or_null(sinks, 1), out, *out.strides, *_or_null(lse, 2))
             plan.kernel(
                 spread.grid, (THREADS,),
                 (
-                    query, *query.strides, k_cache, *k_cache.strides[:3], v_cache, *v_cache.strides[:3],
+                    query, *plan.query_strides, k_cache, *plan.k_strides, v_cache, *plan.v_strides,
                     layout.num_blocks, block_tables, *block_tables.strides, max_blocks, *sequences, num_heads,
-                    scoring.left, scoring.right, np.float32(inner), np.float32(outer), *_or_null(alibi_slopes, 1),
+                    scoring.left, scoring.right, plan.inner, plan.outer, *_or_null(alibi_slopes, 1),
                     *results, scratch if split else 0, max(1, spread.splits),
                 ),
-                shared_mem=plan.shape.shared_bytes,
+                shared_mem=plan.shared_bytes,
             )  # fmt: skip
             if split:
                 grid = (layout.num_tokens * num_heads, -(-layout.result.shape[2] // THREADS))
@@ -472,7 +487,7 @@ class CudaBackend:
         kernel = self._kernel("merge_attention_states", (("ELEMENT", ELEMENTS[out.dtype.name]), ("V_DIM", dim)))
         arrays = (out_a, lse_a, out_b, lse_b, out, lse)
         arguments = tuple(argument for array in arrays for argument in (array, *array.strides))
-        with self.on(out.device):
+        with self.on(self._device(out)):
             kernel((num_tokens * num_heads, -(-dim // THREADS)), (THREADS,), (*arguments, num_heads))
 
     def _many_rows(self, layout: AttentionLayout, num_seqs: int, max_seqlen_q: int | None) -> bool:
@@ -480,7 +495,7 @@ class CudaBackend:
         tokens = -(-layout.num_tokens // max(1, num_seqs)) if max_seqlen_q is None else max_seqlen_q
         return tokens * layout.group > 16
 
-    def _misalignment(self, arrays: tuple[Any, ...]) -> int:
+    def _misalignment(self, *arrays: Any) -> int:
         """The last four bits of all addresses together: a power of two divides them all if it divides this."""
         bits = 0
         for array in arrays:
@@ -517,6 +532,34 @@ class CudaBackend:
     def _make_attention_plan(
         self,
         layout: AttentionLayout,
+        scoring: Scoring,
+        num_seqs: int,
+        max_blocks: int,
+        packed: bool,
+        max_seqlen_q: int | None,
+        same_address: bool,
+        misalignment: int,
+        device: Any,
+        architecture: tuple[int, int],
+        *index_sizes: int,
+    ) -> _AttentionPlan:
+        query, k_cache, v_cache = layout.query, layout.k_cache, layout.v_cache
+        v_is_k = same_address and k_cache.strides == v_cache.strides and v_cache.shape[4] <= k_cache.shape[4]
+        shape, kernel, merge = self._attention_kernels(
+            layout, self._many_rows(layout, num_seqs, max_seqlen_q), v_is_k, misalignment, scoring.softcap > 0, device,
+            architecture, *index_sizes,
+        )  # fmt: skip
+        spread = spread_of(layout, shape, scoring, num_seqs, max_blocks, packed, self._processors(device))
+        inner = scoring.softmax_scale / scoring.softcap if scoring.softcap else 0.0
+        outer = (scoring.softcap or scoring.softmax_scale) * math.log2(math.e)
+        return _AttentionPlan(
+            kernel, merge, shape.shared_bytes, spread, query.strides, k_cache.strides[1:4], v_cache.strides[1:4],
+            np.float32(inner), np.float32(outer),
+        )  # fmt: skip
+
+    def _make_attention_kernels(
+        self,
+        layout: AttentionLayout,
         many_rows: bool,
         v_is_k: bool,
         misalignment: int,
@@ -524,7 +567,7 @@ class CudaBackend:
         device: Any,
         architecture: tuple[int, int],
         *index_sizes: int,
-    ) -> _AttentionPlan:
+    ) -> _AttentionKernels:
         """Of one device, since each has kernels of its own, which are told how much shared memory they may have."""
         item = layout.k_cache.dtype.itemsize
         access = math.gcd(16, misalignment, *(n * item for n in (layout.k_cache.shape[4], layout.v_cache.shape[4])))
@@ -535,7 +578,7 @@ class CudaBackend:
         kernel.max_dynamic_shared_size_bytes = shape.shared_bytes
         of_merge = tuple(define for define in shape.defines if define[0] in ("ELEMENT", "V_DIM", "BLOCK_SIZE"))
         merge = self._kernel("merge_splits", of_merge + _index_types("merge_splits", index_sizes[1:]))
-        return _AttentionPlan(shape, kernel, merge)
+        return _AttentionKernels(shape, kernel, merge)
 
     def _launch(
         self,
@@ -545,16 +588,21 @@ class CudaBackend:
         accesses: int,
         num_layers: int,
         arguments: tuple[Any, ...],
-        max_blocks: int = 2**31 - 1,
+        blocks_of_processor: int | None = None,
     ) -> None:
-        """Launch one warp for each 32 * _UNROLL of the ``accesses`` of each unit, for K and for V, of each layer; in
-        ``max_blocks`` blocks for each at most, which a kernel must allow for.
+        """Launch one warp for each 32 * _UNROLL of the ``accesses`` of each unit, for K and for V, of each layer; with
+        ``blocks_of_processor``, in no more blocks than these of each multiprocessor, which a kernel must allow for.
 
         ``units`` is at least 1: CuPy would launch an empty grid as one block. Arrays are passed as their address,
         which forgets strides, and so strides are arguments of their own; every ``int`` is an int64.
         """
         warps = units * -(-accesses // (32 * _UNROLL))
         # Few warps are spread over the device, many share blocks.
-        warps_of_block = min(max(1, warps * num_layers // self._processors(self._device(key))), _MAX_WARPS)
-        with self.on(key.device):
-            kernel((min(-(-warps // warps_of_block), max_blocks), 2, num_layers), (32 * warps_of_block,), arguments)
+        device = self._device(key)
+        processors = self._processors(device)
+        warps_of_block = min(max(1, warps * num_layers // processors), _MAX_WARPS)
+        blocks = -(-warps // warps_of_block)
+        if blocks_of_processor is not None:
+            blocks = min(blocks, max(1, processors * blocks_of_processor // (2 * num_layers)))
+        with self.on(device):
+            kernel((blocks, 2, num_layers), (32 * warps_of_block,), arguments)

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..bookkeeping.dtypes import as_dtype
 
-__all__ = ["array_of", "arrays_of", "like"]
+__all__ = ["array_of", "arrays_of", "cupy_array", "like"]
 
 # DLDeviceType, from dlpack.h.
 _HOST = (1, 3, 11, 13)  # the CPU's; pinned by CUDA or by ROCm; CUDA's managed memory, which the CPU can read, too
@@ -19,10 +19,20 @@ _CUDA = (2,)
 
 def arrays_of(names: tuple[str, ...], *arrays: Any) -> tuple[Any, ...]:
     """NumPy and CuPy arrays as they are, and views of what else speaks DLPack; ``names`` are what errors call them."""
-    for array in arrays:
-        if type(array) is not np.ndarray:
-            return tuple(array_of(name, array) for name, array in zip(names, arrays, strict=True))
-    return arrays
+    kind = type(arrays[0])
+    if kind is np.ndarray or kind is cupy_array():
+        for array in arrays:
+            if type(array) is not kind:
+                break
+        else:
+            return arrays
+    return tuple(array_of(name, array) for name, array in zip(names, arrays, strict=True))
+
+
+def cupy_array() -> Any:
+    """CuPy's type of arrays; for ``isinstance``, no type where nobody imported CuPy, so that no such array exists."""
+    cupy = sys.modules.get("cupy")
+    return () if cupy is None else cupy.ndarray
 
 
 def array_of(name: str, array: Any) -> Any:
@@ -72,8 +82,7 @@ def like(result: Any, given: Any) -> Any:
 
 
 def _is_ours(array: Any) -> bool:
-    cupy = sys.modules.get("cupy")  # a CuPy array cannot exist where nobody imported CuPy
-    return isinstance(array, np.ndarray) or (cupy is not None and isinstance(array, cupy.ndarray))
+    return isinstance(array, (np.ndarray, cupy_array()))
 
 
 def _library_of(array: Any) -> Any:

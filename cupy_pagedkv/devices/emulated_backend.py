@@ -5,6 +5,7 @@ that the sources and the launch code that run here are those that run on a GPU.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from operator import attrgetter
 
 import numpy as np
 
@@ -22,6 +23,8 @@ class EmulatedBackend(HostArrays, CudaBackend):
     """The CUDA backend on NumPy arrays."""
 
     name = "emulated"
+    _address = staticmethod(attrgetter("ctypes.data"))
+    _device = staticmethod(lambda array: "cpu")
 
     def __init__(self) -> None:
         super().__init__(np)
@@ -37,11 +40,5 @@ class EmulatedBackend(HostArrays, CudaBackend):
         arch = settings().arch
         return arch, ARCHITECTURES[arch].shared_memory_of_block
 
-    def _device(self, array: np.ndarray) -> str:
-        return "cpu"
-
-    def _address(self, array: np.ndarray) -> int:
-        return array.ctypes.data
-
-    def on(self, device: str) -> AbstractContextManager[None]:
+    def on(self, number: str) -> AbstractContextManager[None]:
         return nullcontext()

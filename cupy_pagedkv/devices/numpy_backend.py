@@ -175,7 +175,7 @@ class HostLane:
 class HostArrays:
     """Arrays in host memory, where NumPy and the emulated device work; ``device`` is always ``"cpu"``."""
 
-    ndarray: type = np.ndarray
+    ndarray: Any = np.ndarray
 
     def device_name(self, array: _Array) -> str:
         return "cpu"

@@ -37,27 +37,31 @@ _WIDE = 2**16  # entries of block tables, to look at which takes as long as to f
 
 def indices(name: str, values: IndexArray, ndim: int, backend: Backend, pool: Array) -> Array:
     """``values`` as an array of int32 or int64: as it is where the pools are, else a NumPy array."""
-    array: Any
-    values = array_of(name, values)
-    if isinstance(values, np.ndarray):
-        array = np.asarray(values)  # of a masked array all it holds: where a slot is hidden, a token would go astray
-    elif isinstance(values, backend.ndarray):
-        array = values
-        if not backend.same_device(array, pool):
-            raise ValueError(f"{name} must be where the pools are, on {pool.device}, got one on {array.device}")
-    else:
-        try:
-            array = np.asarray(values)
-        except (TypeError, ValueError) as error:
-            raise type(error)(
-                f"{name} must be a list (rows of one length), a NumPy array or an array where the pools are: {error}"
-            ) from None
-        if array.size == 0:  # an empty list came out as float64 [0]
-            array = array.astype(np.int64).reshape(array.shape if array.ndim == ndim else (0,) * ndim)
+    array = values
+    if type(array) is not backend.ndarray:
+        array = _index_array(name, array_of(name, array), ndim, backend)
+    if isinstance(array, backend.ndarray) and not backend.same_device(array, pool):
+        raise ValueError(f"{name} must be where the pools are, on {pool.device}, got one on {array.device}")
     if array.dtype not in _INDEX_DTYPES:
         raise TypeError(f"{name} must be int32 or int64, got {array.dtype}")
     if array.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} {'axis' if ndim == 1 else 'axes'}, got shape {array.shape}")
+    return array
+
+
+def _index_array(name: str, values: Any, ndim: int, backend: Backend) -> Array:
+    if isinstance(values, np.ndarray):
+        return np.asarray(values)  # of a masked array all it holds: where a slot is hidden, a token would go astray
+    if isinstance(values, backend.ndarray):
+        return values
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"{name} must be a list (rows of one length), a NumPy array or an array where the pools are: {error}"
+        ) from None
+    if array.size == 0:  # an empty list came out as float64 [0]
+        array = array.astype(np.int64).reshape(array.shape if array.ndim == ndim else (0,) * ndim)
     return array
 
 
@@ -69,17 +73,15 @@ def on_device(array: Array, backend: Backend, pool: Array) -> Array:
     return array if isinstance(array, backend.ndarray) else backend.from_numpy(array, pool.device)
 
 
-def check_aligned(names: tuple[str, ...], backend: Backend, *arrays: Array) -> None:
+def check_aligned(name: str, array: Array, backend: Backend) -> None:
     """For arithmetic, which a GPU does on elements; copies move bytes, wherever they lie."""
-    for name, array in zip(names, arrays, strict=True):
-        if not backend.is_aligned(array):
-            raise ValueError(f"the elements of {name}, {array.dtype}, must lie at multiples of {array.itemsize} bytes")
+    if not backend.is_aligned(array):
+        raise ValueError(f"the elements of {name}, {array.dtype}, must lie at multiples of {array.itemsize} bytes")
 
 
-def check_writeable(names: tuple[str, ...], *arrays: Array) -> None:
-    for name, array in zip(names, arrays, strict=True):
-        if isinstance(array, np.ndarray) and not array.flags.writeable:
-            raise ValueError(f"{name} must be writeable, got a read-only array")
+def check_writeable(name: str, array: Array) -> None:
+    if isinstance(array, np.ndarray) and not array.flags.writeable:
+        raise ValueError(f"{name} must be writeable, got a read-only array")
 
 
 def all_below(end: int, indices: npt.NDArray[Any]) -> bool:

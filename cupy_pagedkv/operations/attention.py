@@ -37,6 +37,7 @@ __all__ = ["AttentionBuffers", "attention_buffers", "merge_attention_states", "p
 
 _INPUTS = ("query", "k_cache", "v_cache")
 _STATES = ("out_a", "lse_a", "out_b", "lse_b")
+_FLOAT32 = np.dtype(np.float32)
 _MOST_FACTOR = 2.0**60  # float32 holds quotients of two such numbers
 
 
@@ -125,12 +126,16 @@ def paged_attention(
     query, k_cache, v_cache = arrays_of(_INPUTS, query, k_cache, v_cache)
     backend = backend_of(_INPUTS, query, k_cache, v_cache)
     layout = attention_layout_of(query, k_cache, v_cache)
-    check_aligned(_INPUTS, backend, query, k_cache, v_cache)
+    check_aligned("query", query, backend)
+    check_aligned("k_cache", k_cache, backend)
+    check_aligned("v_cache", v_cache, backend)
     scoring = _scoring(layout, softmax_scale, causal, window_size, softcap)
     tables = indices("block_tables", block_tables, 2, backend, k_cache)
     lens = indices("seq_lens", seq_lens, 1, backend, k_cache)
     ends = None if cu_seqlens_q is None else indices("cu_seqlens_q", cu_seqlens_q, 1, backend, k_cache)
-    _check_counts(layout, tables, lens, ends, max_seqlen_q)
+    _check_counts(layout, tables, lens, ends)
+    if max_seqlen_q is not None:
+        max_seqlen_q = at_least(0, "max_seqlen_q", max_seqlen_q)
     _check_values(backend, layout, scoring, tables, lens, ends, max_seqlen_q)
     alibi_slopes = _of_heads("alibi_slopes", alibi_slopes, layout, backend, k_cache)
     sinks = _of_heads("sinks", sinks, layout, backend, k_cache)
@@ -184,7 +189,7 @@ def attention_buffers(
     return AttentionBuffers(
         like(backend.zeros(layout.result.shape, query.dtype, query.device), given),
         like(_new_lse(backend, layout, query, padded=True), given),
-        like(backend.empty((floats,), np.dtype(np.float32), query.device), given),
+        like(backend.empty((floats,), _FLOAT32, query.device), given),
     )
 
 
@@ -211,7 +216,7 @@ def merge_attention_states(out_a: Array, lse_a: Array, out_b: Array, lse_b: Arra
     check_arithmetic("out_a", out_a.dtype)
     if out_a.ndim != 3:
         raise ValueError(f"out_a must be [num_tokens, num_heads, v_head_dim], got shape {out_a.shape}")
-    check_aligned(("out_a",), backend, out_a)
+    check_aligned("out_a", out_a, backend)
     _check_out("out_b", out_b, out_a.shape, out_a, "out_a")
     for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
         _check_float32(name, lse, out_a.shape[:2], backend, out_a)
@@ -244,26 +249,25 @@ def _scoring(
         raise TypeError(
             f"window_size must be two whole numbers (left, right), −1 for no limit, got {window_size!r}"
         ) from None
-    left, right = (min(n, UNBOUNDED) if n >= 0 else UNBOUNDED for n in (left, right))
-    return Scoring(scale, softcap, left, 0 if causal else right)
+    return Scoring(scale, softcap, _side(left), 0 if causal else _side(right))
 
 
-def _check_counts(
-    layout: AttentionLayout, tables: Array, lens: Array, ends: Array | None, max_seqlen_q: int | None
-) -> None:
+def _side(of_window: int) -> int:
+    return of_window if 0 <= of_window < UNBOUNDED else UNBOUNDED
+
+
+def _check_counts(layout: AttentionLayout, tables: Array, lens: Array, ends: Array | None) -> None:
     """That there is an entry for each sequence."""
-    num_seqs, num_tokens = lens.shape[0], layout.num_tokens
-    if tables.shape[0] != num_seqs:
-        raise ValueError(f"block_tables must have one entry for each of {num_seqs} seq_lens, got {tables.shape[0]}")
+    num_seqs, num_tokens = len(lens), layout.num_tokens
+    if len(tables) != num_seqs:
+        raise ValueError(f"block_tables must have one entry for each of {num_seqs} seq_lens, got {len(tables)}")
     if ends is None and num_tokens != num_seqs:
         raise ValueError(
             f"query must have one token for each of {num_seqs} seq_lens, got {num_tokens}; "
             "say by cu_seqlens_q whose tokens they are"
         )
-    if ends is not None and ends.shape[0] != num_seqs + 1:
-        raise ValueError(f"cu_seqlens_q must have one entry more than seq_lens, {num_seqs + 1}, got {ends.shape[0]}")
-    if max_seqlen_q is not None:
-        at_least(0, "max_seqlen_q", max_seqlen_q)
+    if ends is not None and len(ends) != num_seqs + 1:
+        raise ValueError(f"cu_seqlens_q must have one entry more than seq_lens, {num_seqs + 1}, got {len(ends)}")
 
 
 def _check_values(
@@ -325,30 +329,29 @@ def _of_heads(name: str, values: Any, layout: AttentionLayout, backend: Backend,
         except (TypeError, ValueError) as error:
             raise TypeError(f"{name} must be one number for each head, got {values!r:.40} ({error})") from None
     num_heads = layout.query.shape[1]
-    if values.dtype != np.float32:
+    if values.dtype != _FLOAT32:
         raise TypeError(f"{name} must be float32, got {values.dtype}")
     if values.shape != (num_heads,):
         raise ValueError(f"{name} must have one entry for each of {num_heads} heads, got shape {values.shape}")
     values = on_device(values, backend, pool)
     if not backend.same_device(values, pool):
         raise ValueError(f"{name} must be where the pools are, on {pool.device}, got one on {values.device}")
-    check_aligned((name,), backend, values)
+    check_aligned(name, values, backend)
     return values
 
 
 def _check_float32(name: str, array: Any, shape: tuple[int, ...] | None, backend: Backend, beside: Array) -> None:
-    kind: Any = backend.ndarray
-    if not isinstance(array, kind) or not backend.same_device(array, beside):
+    if not isinstance(array, backend.ndarray) or not backend.same_device(array, beside):
         raise TypeError(f"{name} must be an array where the others are, got {type(array).__name__}")
-    if array.dtype != np.float32:
+    if array.dtype != _FLOAT32:
         raise TypeError(f"{name} must be float32, got {array.dtype}")
     if shape is not None and array.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
     if shape is None and not (array.ndim == 1 and array.flags.c_contiguous):
         raise ValueError(f"{name} must be contiguous and have one axis, got shape {array.shape}")
-    check_aligned((name,), backend, array)
+    check_aligned(name, array, backend)
     if name in ("lse", "scratch"):
-        check_writeable((name,), array)
+        check_writeable(name, array)
 
 
 def _check_out(name: str, out: Array, shape: tuple[int, ...], like: Array, like_name: str = "query") -> None:
@@ -357,13 +360,13 @@ def _check_out(name: str, out: Array, shape: tuple[int, ...], like: Array, like_
         raise TypeError(f"{name} must have the dtype of {like_name}, {like.dtype}, got {out.dtype}")
     if out.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {out.shape}")
-    check_aligned((name,), backend, out)
+    check_aligned(name, out, backend)
     if name == "out":
-        check_writeable((name,), out)
+        check_writeable(name, out)
 
 
 def _new_lse(backend: Backend, layout: AttentionLayout, query: Array, padded: bool) -> Array:
-    lse = backend.empty(layout.result.shape[:2], np.dtype(np.float32), query.device)
+    lse = backend.empty(layout.result.shape[:2], _FLOAT32, query.device)
     if padded:
         lse.fill(-math.inf)
     return lse

@@ -58,13 +58,15 @@ def scatter(
     names: tuple[str, str], key: Array, value: Array, k_cache: Array, v_cache: Array, slot_mapping: IndexArray
 ) -> None:
     """:func:`reshape_and_cache`, whose errors call ``key`` and ``value`` by ``names``."""
-    key, value, k_cache, v_cache = arrays_of((*names, *_POOLS), key, value, k_cache, v_cache)
-    backend = backend_of((*names, *_POOLS), key, value, k_cache, v_cache)
+    all_names = (*names, *_POOLS)
+    key, value, k_cache, v_cache = arrays_of(all_names, key, value, k_cache, v_cache)
+    backend = backend_of(all_names, key, value, k_cache, v_cache)
     layout = layout_of(names, key, value, k_cache, v_cache)
-    check_writeable(_POOLS, k_cache, v_cache)
+    check_writeable("k_cache", k_cache)
+    check_writeable("v_cache", v_cache)
     slots = indices("slot_mapping", slot_mapping, 1, backend, k_cache)
     num_tokens = layout.num_tokens
-    if slots.shape[0] != num_tokens:
+    if len(slots) != num_tokens:
         raise ValueError(f"slot_mapping must have one entry for each of {num_tokens} tokens, got {len(slots)}")
     if num_tokens == 0:
         return
@@ -117,12 +119,13 @@ def gather_cache(
         out = arrays_of(_OUT, *out)
         backend = backend_of(_GATHERED, *out, k_cache, v_cache)
         pools = layout = layout_of(_OUT, *out, k_cache, v_cache)
-        check_writeable(_OUT, *out)
+        check_writeable("out[0]", out[0])
+        check_writeable("out[1]", out[1])
     tables = indices("block_tables", block_tables, 2, backend, k_cache)
     lens = indices("seq_lens", seq_lens, 1, backend, k_cache)
     starts = None if seq_starts is None else indices("seq_starts", seq_starts, 1, backend, k_cache)
-    num_seqs = lens.shape[0]
-    if tables.shape[0] != num_seqs or (starts is not None and starts.shape[0] != num_seqs):
+    num_seqs = len(lens)
+    if len(tables) != num_seqs or (starts is not None and len(starts) != num_seqs):
         name, got = ("block_tables", tables) if starts is None or len(tables) != num_seqs else ("seq_starts", starts)
         raise ValueError(f"{name} must have one entry for each of {num_seqs} seq_lens, got {len(got)}")
 
@@ -181,7 +184,8 @@ def copy_blocks(k_cache: Array, v_cache: Array, src: IndexArray, dst: IndexArray
     k_cache, v_cache = arrays_of(_POOLS, k_cache, v_cache)
     backend = backend_of(_POOLS, k_cache, v_cache)
     pools = pools_of(k_cache, v_cache)
-    check_writeable(_POOLS, k_cache, v_cache)
+    check_writeable("k_cache", k_cache)
+    check_writeable("v_cache", v_cache)
     sources, targets = indices("src", src, 1, backend, k_cache), indices("dst", dst, 1, backend, k_cache)
     if len(sources) != len(targets):
         raise ValueError(f"src and dst must have one block for each other, got {len(sources)} and {len(targets)}")
