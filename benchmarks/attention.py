@@ -273,7 +273,9 @@ def torch_gpu_calls(p: AttentionProblem, i: int) -> Call:
     k, v = gathered(p.k), gathered(p.v)
     mask = None
     if case.new > 1:
-        mask = torch.nn.attention.bias.causal_lower_right(case.new, case.length)
+        from torch.nn.attention.bias import causal_lower_right  # which importing torch alone does not bring
+
+        mask = causal_lower_right(case.new, case.length)
 
     def call() -> Any:
         result = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=case.group > 1)
