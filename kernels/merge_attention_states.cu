@@ -26,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(128) merge_attention_states(
     long long num_heads)
 {
     typedef ELEMENT::Bits Bits;
-    const long long token = blockIdx.x / num_heads, head = blockIdx.x % num_heads;
+    const int token = blockIdx.x / (unsigned)num_heads, head = blockIdx.x % (unsigned)num_heads;  // 64 bits take long
     const int column = blockIdx.y * blockDim.x + threadIdx.x;
     if (column >= V_DIM) return;
     const Sum a = sum_of(*(const float*)(lse_a + token * lse_a_token + head * lse_a_head));

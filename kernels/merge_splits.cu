@@ -18,7 +18,7 @@ extern "C" __global__ void __launch_bounds__(128) merge_splits(
     long long left, long long right, const char* sinks, long long sink_stride,
     char* out, long long out_token, long long out_head, long long out_dim, char* lse, long long lse_token, long long lse_head)
 {
-    const long long token = blockIdx.x / num_heads, head = blockIdx.x % num_heads;
+    const int token = blockIdx.x / (unsigned)num_heads, head = blockIdx.x % (unsigned)num_heads;  // 64 bits take long
     const int column = blockIdx.y * blockDim.x + threadIdx.x;
     const Sequences sequences{seq_lens, cu_seqlens, lens_stride, cu_stride, num_seqs, num_tokens, max_blocks,
                               left, right};
@@ -30,6 +30,8 @@ extern "C" __global__ void __launch_bounds__(128) merge_splits(
     Sum sum;
     float value = 0;
     const int first = sees.first / SPLIT, end = (sees.end + SPLIT - 1) / SPLIT;
+    const long long of_split = num_tokens * num_heads * (V_DIM + 2);
+    const float* of_row = scratch + blockIdx.x * (V_DIM + 2LL);
     int slot = first % (int)num_splits;
     for (int split = first; split < end; split += BATCH) {
         Sum sums[BATCH];
@@ -37,10 +39,10 @@ extern "C" __global__ void __launch_bounds__(128) merge_splits(
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
             if (split + i >= end) break;
-            const float* of_row = scratch + ((slot * num_tokens + token) * num_heads + head) * (V_DIM + 2);
-            sums[i].most = of_row[0];
-            sums[i].total = of_row[1];
-            values[i] = of_row[2 + column];
+            const float* row = of_row + slot * of_split;
+            sums[i].most = row[0];
+            sums[i].total = row[1];
+            values[i] = row[2 + column];
             if (++slot == num_splits) slot = 0;
         }
 #pragma unroll

@@ -12,16 +12,18 @@
 //            some have no rows. Without scratch z is 1, and a block unites the splits of its rows as merge_splits would;
 //            with scratch, block z takes the splits z, z + gridDim.z, ...
 // Defined by the launch code: ELEMENT, TENSOR (by mma, or by multiplying and adding), HEAD_DIM, V_DIM, V_PART (columns of V
-//            that a block has), V_IS_K (V is the beginning of K, and read with it), GROUP, BLOCK_SIZE, ROWS, TILE (positions
-//            looked at together), STAGES, ACCESS (bytes that a copy can have), SOFTCAP, TABLE_T, LENS_T, CU_T.
+//            that a block has), V_IS_K (V is the beginning of K, and read with it), GROUP, BLOCK_SIZE, ROWS (16, 32 or 64),
+//            TILE (positions looked at together), STAGES, ACCESS (bytes of K and V that a copy can have), QUERY_ACCESS (the
+//            same of the query), SOFTCAP, TABLE_T, LENS_T, CU_T.
 //
 //   split of 256 positions:  | tile | tile | tile | tile |     TILE positions each, at fixed places of the sequence
-//   warps, for scores:       each has a fourth of the tile's positions, for all rows
-//   warps, for values:       each has a fourth of V's columns, for all rows and positions
+//   a warp has 16 rows. Warps that have the same, COLUMN_WARPS of them, share the columns:
+//   for scores               those of the tile's positions
+//   for values               those of V
 //
-// Weights go from the one to the other through shared memory. So each element of K and V is read from shared memory once,
-// whatever ROWS is; and what is added to what, in which order, does not depend on it, either: a token gets the same bits
-// among 15 others or 63, in this launch or in another.
+// Weights go from the one to the other through shared memory. What is added to what, in which order, does not depend on ROWS:
+// a fourth of a tile's positions has a sum of its own, whosever it is. So a token gets the same bits among 15 others or 63,
+// in this launch or in another.
 //
 // The first kernel to read is the one without tensor cores (#else): the same steps by plain loops.
 
@@ -29,21 +31,38 @@
 #include "sequences.cuh"
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS;
-constexpr int ROW_TILES = ROWS / 16;
-constexpr int SCORE_TILES = TILE / 8 / WARPS;                       // of 8 positions, of a warp
-constexpr int VALUE_TILES = (V_PART + 8 * WARPS - 1) / (8 * WARPS); // of 8 columns of V, of a warp
-constexpr int QUERY_BATCH = 16;                                     // elements that a thread asks for before it stores one
+constexpr int ROW_WARPS = ROWS / 16, COLUMN_WARPS = WARPS / ROW_WARPS;
+constexpr int SCORE_TILES = TILE / 8 / COLUMN_WARPS;                              // of 8 positions, of a warp
+constexpr int VALUE_TILES = (V_PART + 8 * COLUMN_WARPS - 1) / (8 * COLUMN_WARPS); // of 8 columns of V, of a warp
+constexpr int SHARES = ROW_WARPS;                                                 // fourths of a tile, of a warp
 typedef ELEMENT::Bits Bits;
 
 __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
-__device__ __forceinline__ int warp() { return threadIdx.x / 32; }
+__device__ __forceinline__ int first_row_of_warp() { return threadIdx.x / 32 / COLUMN_WARPS * 16; }
+__device__ __forceinline__ int column_warp() { return threadIdx.x / 32 % COLUMN_WARPS; }
 
-// 16 x 8 numbers of a warp, as mma leaves them: lane 4g + t has x[i] of row g + 8 (i / 2), column 2t + i % 2.
+// For the warps that have the same rows.
+__device__ __forceinline__ void sync_rows()
+{
+    if constexpr (COLUMN_WARPS == 1)
+        __syncwarp();
+    else
+        __syncthreads();
+}
+
+// 16 x 8 numbers of a warp, as mma leaves them: lane 4g + t has x[i] of row g + 8 (i / 2), column 2t + i % 2. Rows are the
+// block's.
 struct Accumulator {
     float x[4] = {};
-    static __device__ __forceinline__ int row(int i) { return lane() / 4 + 8 * (i / 2); }
+    static __device__ __forceinline__ int row(int i) { return first_row_of_warp() + lane() / 4 + 8 * (i / 2); }
     static __device__ __forceinline__ int column(int i) { return 2 * (lane() % 4) + i % 2; }
 };
+
+// Elements that lie one after the other, in one access.
+template <int N> struct alignas(N * sizeof(Bits)) Elements {
+    Bits x[N];
+};
+constexpr int QUERY_WIDTH = QUERY_ACCESS / sizeof(Bits);
 
 // What is known of a row.
 struct Row {
@@ -94,39 +113,42 @@ struct Shared {
     Chunk v[V_IS_K ? 1 : STAGES][V_IS_K ? 1 : TILE * V_CHUNKS];
     Places places[2];
     Row rows[ROWS];
-    Sum united[WARPS][ROWS];  // of the splits so far; each warp has its own, for want of registers
-    float of_warps[WARPS][ROWS];
+    Sum united[COLUMN_WARPS][ROWS];  // of the splits so far; each warp has its own, for want of registers
+    float of_fourths[WARPS][ROWS];
 
     __device__ __forceinline__ const Chunk* values(int stage) const { return V_IS_K ? k[stage] : v[stage]; }
-    __device__ __forceinline__ void put_query(int row, int d, Bits x) { query[swizzled<K_CHUNKS>(row, d / 8)].x[d % 8] = x; }
+    __device__ __forceinline__ void put_query(int row, int d, const Elements<QUERY_WIDTH>& x)
+    {
+        *(Elements<QUERY_WIDTH>*)&query[swizzled<K_CHUNKS>(row, d / 8)].x[d % 8] = x;
+    }
     __device__ __forceinline__ void put_weights(int row, int p, float low, float high)
     {
         *(unsigned*)&weights[swizzled<WEIGHT_CHUNKS>(row, p / 8)].x[p % 8] = ELEMENT::round(low, high);
     }
 };
 
-// Fragments of a 16-row matrix and of an 8-column one, over 16 numbers of their common axis.
+// Of a 16-row matrix, over 16 numbers of the axis that it has in common with an 8-column one.
 struct FragmentA {
     unsigned x[4];
-    template <int CHUNKS> __device__ __forceinline__ void load(const Chunk* rows, int row, int chunk)
-    {
-        ldmatrix_x4(x, &rows[CHUNKS * row + swizzled<CHUNKS>(lane() % 16, chunk + lane() / 16)]);
-    }
 };
-struct FragmentB {
-    unsigned x[2];
-};
-__device__ __forceinline__ void multiply(Accumulator& d, const FragmentA& a, const FragmentB& b)
+template <int CHUNKS> __device__ __forceinline__ FragmentA of_rows(const Chunk* rows, int chunk)  // the warp's
+{
+    FragmentA a;
+    ldmatrix_x4(a.x, &rows[CHUNKS * first_row_of_warp() + swizzled<CHUNKS>(lane() % 16, chunk + lane() / 16)]);
+    return a;
+}
+__device__ __forceinline__ void multiply(Accumulator& d, const FragmentA& a, unsigned b0, unsigned b1)
 {
 #if __CUDA_ARCH__ >= 800
+    const unsigned b[2] = {b0, b1};
     if constexpr (ELEMENT::EXPONENT == F16::EXPONENT)
-        mma_m16n8k16_f16(d.x, a.x, b.x);
+        mma_m16n8k16_f16(d.x, a.x, b);
     else
-        mma_m16n8k16_bf16(d.x, a.x, b.x);
+        mma_m16n8k16_bf16(d.x, a.x, b);
 #else
     const unsigned low[2] = {a.x[0], a.x[1]}, high[2] = {a.x[2], a.x[3]};
-    mma_m16n8k8_f16(d.x, low, b.x[0]);
-    mma_m16n8k8_f16(d.x, high, b.x[1]);
+    mma_m16n8k8_f16(d.x, low, b0);
+    mma_m16n8k8_f16(d.x, high, b1);
 #endif
 }
 
@@ -141,55 +163,58 @@ __device__ __forceinline__ void copy_chunk(Chunk* to, const char* from, bool the
         for (int i = 0; i < 8; ++i) to->x[i] = there ? ((const Bits*)from)[i] : Bits(0);
     }
 }
-template <int CHUNKS> __device__ __forceinline__ void copy_tile(Chunk* to, const char* pool, const long long (&places)[TILE])
+// WHOLE: all positions are in the pool.
+template <int CHUNKS, bool WHOLE>
+__device__ __forceinline__ void copy_tile(Chunk* to, const char* pool, const long long (&places)[TILE])
 {
-    static_assert(TILE * CHUNKS % THREADS == 0, "");  // chunks come in pairs, and positions by 32
+    constexpr int EACH = TILE * CHUNKS / THREADS, BATCH = 8;
+    static_assert(EACH * THREADS == TILE * CHUNKS, "chunks come in pairs, and positions by 32");
+#pragma unroll 1
+    for (int first = 0; first < EACH; first += BATCH) {
+        // A copy is not begun before a load that stands behind another copy.
+        long long place[BATCH];
 #pragma unroll
-    for (int first = 0; first < TILE * CHUNKS; first += THREADS) {
-        const unsigned i = first + threadIdx.x, row = i / CHUNKS, chunk = i % CHUNKS;
-        const long long place = places[row];
-        copy_chunk(&to[swizzled<CHUNKS>(row, chunk)], place == NOWHERE ? pool : pool + place + chunk * 16, place != NOWHERE);
+        for (int j = 0; j < BATCH && first + j < EACH; ++j)
+            place[j] = places[((first + j) * THREADS + threadIdx.x) / CHUNKS];
+#pragma unroll
+        for (int j = 0; j < BATCH && first + j < EACH; ++j) {
+            const unsigned i = (first + j) * THREADS + threadIdx.x, row = i / CHUNKS, chunk = i % CHUNKS;
+            const bool there = WHOLE || place[j] != NOWHERE;
+            copy_chunk(&to[swizzled<CHUNKS>(row, chunk)], pool + (there ? place[j] : 0) + chunk * 16, there);
+        }
     }
 }
+template <bool WHOLE>
 __device__ __forceinline__ void fetch(Shared& s, int stage, const Places& places, const char* k_pool, const char* v_pool)
 {
-    copy_tile<K_CHUNKS>(s.k[stage], k_pool, places.k);
-    if constexpr (!V_IS_K) copy_tile<V_CHUNKS>(s.v[stage], v_pool, places.v);
+    copy_tile<K_CHUNKS, WHOLE>(s.k[stage], k_pool, places.k);
+    if constexpr (!V_IS_K) copy_tile<V_CHUNKS, WHOLE>(s.v[stage], v_pool, places.v);
 }
 
-// Products of all rows with the warp's positions.
+// Products of the warp's rows with its positions.
 __device__ __forceinline__ void products(
-    Accumulator (&s)[ROW_TILES][SCORE_TILES], const Shared& shared, int stage, const Places&, const char*)
+    Accumulator (&s)[SCORE_TILES], const Shared& shared, int stage, const Places&, const char*, int)
 {
-    const auto step = [&](int chunk, const FragmentB (&b)[SCORE_TILES]) {
-#pragma unroll
-        for (int r = 0; r < ROW_TILES; ++r) {
-            FragmentA a;
-            a.load<K_CHUNKS>(shared.query, 16 * r, chunk);
-#pragma unroll
-            for (int n = 0; n < SCORE_TILES; ++n) multiply(s[r][n], a, b[n]);
-        }
-    };
-    const Chunk* keys = &shared.k[stage][warp() * (8 * SCORE_TILES) * K_CHUNKS];
+    const Chunk* keys = &shared.k[stage][column_warp() * (8 * SCORE_TILES) * K_CHUNKS];
 #pragma unroll 2
     for (int chunk = 0; chunk + 4 <= K_CHUNKS; chunk += 4) {
-        FragmentB low[SCORE_TILES], high[SCORE_TILES];
+        const FragmentA low = of_rows<K_CHUNKS>(shared.query, chunk), high = of_rows<K_CHUNKS>(shared.query, chunk + 2);
 #pragma unroll
         for (int n = 0; n < SCORE_TILES; ++n) {
-            unsigned four[4];
-            ldmatrix_x4(four, &keys[8 * n * K_CHUNKS + swizzled<K_CHUNKS>(lane() % 8, chunk + lane() / 8)]);
-            low[n] = {four[0], four[1]};
-            high[n] = {four[2], four[3]};
+            unsigned b[4];
+            ldmatrix_x4(b, &keys[8 * n * K_CHUNKS + swizzled<K_CHUNKS>(lane() % 8, chunk + lane() / 8)]);
+            multiply(s[n], low, b[0], b[1]);
+            multiply(s[n], high, b[2], b[3]);
         }
-        step(chunk, low);
-        step(chunk + 2, high);
     }
     if constexpr (K_CHUNKS % 4 != 0) {
-        FragmentB last[SCORE_TILES];
+        const FragmentA last = of_rows<K_CHUNKS>(shared.query, K_CHUNKS - 2);
 #pragma unroll
-        for (int n = 0; n < SCORE_TILES; ++n)
-            ldmatrix_x2(last[n].x, &keys[8 * n * K_CHUNKS + swizzled<K_CHUNKS>(lane() % 8, K_CHUNKS - 2 + lane() / 8 % 2)]);
-        step(K_CHUNKS - 2, last);
+        for (int n = 0; n < SCORE_TILES; ++n) {
+            unsigned b[2];
+            ldmatrix_x2(b, &keys[8 * n * K_CHUNKS + swizzled<K_CHUNKS>(lane() % 8, K_CHUNKS - 2 + lane() / 8 % 2)]);
+            multiply(s[n], last, b[0], b[1]);
+        }
     }
 }
 
@@ -212,54 +237,54 @@ __device__ __forceinline__ bool all_finite(const Shared& shared, int stage)
     return __syncthreads_and(mine);
 }
 
-// o += weights V, for the warp's columns. Without `sifted`, 0 * NaN would put into a row what it does not see.
-template <bool SIFTED>
-__device__ __forceinline__ void add_values(Accumulator (&o)[ROW_TILES][VALUE_TILES], const Shared& shared, int stage)
+// o += weights V, for the warp's rows and columns. Unless SIFTED, 0 * NaN would put into a row what it does not see.
+constexpr bool FULL = COLUMN_WARPS * VALUE_TILES == V_DIM / 8;  // each warp has all of its columns
+template <bool SIFTED, int AT_ONCE = FULL && VALUE_TILES % 2 == 0 ? 2 : 1>
+__device__ __forceinline__ void add_values(Accumulator (&o)[VALUE_TILES], const Shared& shared, int stage)
 {
 #pragma unroll
     for (int p = 0; p < TILE; p += 16) {
-        FragmentA a[ROW_TILES];
+        const FragmentA a = of_rows<WEIGHT_CHUNKS>(shared.weights, p / 8);
 #pragma unroll
-        for (int r = 0; r < ROW_TILES; ++r) a[r].load<WEIGHT_CHUNKS>(shared.weights, 16 * r, p / 8);
-#pragma unroll
-        for (int n = 0; n < VALUE_TILES; ++n) {
-            const int chunk = warp() * VALUE_TILES + n;
-            if (chunk >= V_DIM / 8) break;
-            FragmentB b;
-            ldmatrix_trans_x2(b.x, &shared.values(stage)[p * V_CHUNKS + swizzled<V_CHUNKS>(lane() % 16, chunk)]);
+        for (int n = 0; n < VALUE_TILES; n += AT_ONCE) {
+            const int chunk = column_warp() * VALUE_TILES + n;
+            if (!FULL && chunk >= V_DIM / 8) break;
+            unsigned b[2 * AT_ONCE];
+            const Chunk* of_lane = &shared.values(stage)[p * V_CHUNKS];
+            if constexpr (AT_ONCE == 2)
+                ldmatrix_trans_x4(b, &of_lane[swizzled<V_CHUNKS>(lane() % 16, chunk + lane() / 16)]);
+            else
+                ldmatrix_trans_x2(b, &of_lane[swizzled<V_CHUNKS>(lane() % 16, chunk)]);
             if constexpr (SIFTED)
-                for (unsigned& pair : b.x) pair = only_finite(pair);
+                for (unsigned& pair : b) pair = only_finite(pair);
 #pragma unroll
-            for (int r = 0; r < ROW_TILES; ++r) multiply(o[r][n], a[r], b);
+            for (int j = 0; j < AT_ONCE; ++j) multiply(o[n + j], a, b[2 * j], b[2 * j + 1]);
         }
     }
 }
 
 // What `add_values<true>` left out, for those rows that see it.
-__device__ __forceinline__ void add_others(Accumulator (&o)[ROW_TILES][VALUE_TILES], const Shared& shared, int stage, int first)
+__device__ __forceinline__ void add_others(Accumulator (&o)[VALUE_TILES], const Shared& shared, int stage, int first)
 {
     for (int p = 0; p < TILE; ++p)
 #pragma unroll
         for (int n = 0; n < VALUE_TILES; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const int column = 8 * (warp() * VALUE_TILES + n) + Accumulator::column(i);
+                const int column = 8 * (column_warp() * VALUE_TILES + n) + Accumulator::column(i);
                 if (column >= V_DIM) continue;
                 const Bits v = shared.values(stage)[swizzled<V_CHUNKS>(p, column / 8)].x[column % 8];
                 if (is_finite(v)) continue;
-#pragma unroll
-                for (int r = 0; r < ROW_TILES; ++r) {
-                    const int row = 16 * r + Accumulator::row(i);
-                    const Bits weight = shared.weights[swizzled<WEIGHT_CHUNKS>(row, p / 8)].x[p % 8];
-                    if (shared.rows[row].sees.has(first + p))
-                        o[r][n].x[i] = __fmaf_rn(ELEMENT::get(weight), ELEMENT::get(v), o[r][n].x[i]);
-                }
+                const int row = Accumulator::row(i);
+                const Bits weight = shared.weights[swizzled<WEIGHT_CHUNKS>(row, p / 8)].x[p % 8];
+                if (shared.rows[row].sees.has(first + p))
+                    o[n].x[i] = __fmaf_rn(ELEMENT::get(weight), ELEMENT::get(v), o[n].x[i]);
             }
 }
 
 // `same`: all rows see all positions that any of them sees, and the others are zeros.
-__device__ __forceinline__ void values(Accumulator (&o)[ROW_TILES][VALUE_TILES], const Shared& shared, int stage,
-                                       const Places&, const char*, int first, bool same)
+__device__ __forceinline__ void values(Accumulator (&o)[VALUE_TILES], const Shared& shared, int stage,
+                                       const Places&, const char*, int, int first, bool same)
 {
     if (same || all_finite(shared, stage)) {
         add_values<false>(o, shared, stage);
@@ -277,10 +302,13 @@ struct Shared {
     float weights[ROWS][TILE + 4];
     Places places[2];
     Row rows[ROWS];
-    Sum united[WARPS][ROWS];  // of the splits so far; each warp has its own, for want of registers
-    float of_warps[WARPS][ROWS];
+    Sum united[COLUMN_WARPS][ROWS];  // of the splits so far; each warp has its own, for want of registers
+    float of_fourths[WARPS][ROWS];
 
-    __device__ __forceinline__ void put_query(int row, int d, Bits x) { query[row][d] = ELEMENT::get(x); }
+    __device__ __forceinline__ void put_query(int row, int d, const Elements<QUERY_WIDTH>& x)
+    {
+        for (int i = 0; i < QUERY_WIDTH; ++i) query[row][d + i] = ELEMENT::get(x.x[i]);
+    }
     __device__ __forceinline__ void put_weights(int row, int p, float low, float high)
     {
         weights[row][p] = low;
@@ -288,26 +316,24 @@ struct Shared {
     }
 };
 
-__device__ __forceinline__ void fetch(Shared&, int, const Places&, const char*, const char*) {}
+template <bool> __device__ __forceinline__ void fetch(Shared&, int, const Places&, const char*, const char*) {}
 
-// Elements that lie one after the other, in one access.
-template <int N> struct alignas(N * sizeof(Bits)) Elements {
-    Bits x[N];
-};
 constexpr int K_WIDTH = ACCESS / sizeof(Bits);
 constexpr int V_WIDTH = ACCESS >= 2 * sizeof(Bits) ? 2 : 1;
 
-__device__ __forceinline__ void products(
-    Accumulator (&s)[ROW_TILES][SCORE_TILES], const Shared& shared, int, const Places& places, const char* k_pool)
+// Of the warp's rows those that there are: 8 or 16. Enough loads are on their way before the first of them is needed.
+__device__ __forceinline__ void products(Accumulator (&s)[SCORE_TILES], const Shared& shared, int, const Places& places,
+                                         const char* k_pool, int num_rows)
 {
     const Bits* keys[SCORE_TILES][2];
 #pragma unroll
     for (int n = 0; n < SCORE_TILES; ++n)
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-            const long long place = places.k[8 * (warp() * SCORE_TILES + n) + Accumulator::column(j)];
+            const long long place = places.k[8 * (column_warp() * SCORE_TILES + n) + Accumulator::column(j)];
             keys[n][j] = place == NOWHERE ? nullptr : (const Bits*)(k_pool + place);
         }
+#pragma unroll(SCORE_TILES == 1 ? 4 : 1)
     for (int d = 0; d < HEAD_DIM; d += K_WIDTH) {
         Elements<K_WIDTH> k[SCORE_TILES][2];
 #pragma unroll
@@ -317,45 +343,42 @@ __device__ __forceinline__ void products(
 #pragma unroll
         for (int e = 0; e < K_WIDTH; ++e)
 #pragma unroll
-            for (int r = 0; r < ROW_TILES; ++r)
+            for (int i = 0; i < 4; ++i) {
+                if (8 * (i / 2) >= num_rows) break;
+                const float q = shared.query[Accumulator::row(i)][d + e];
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const float q = shared.query[16 * r + Accumulator::row(i)][d + e];
-#pragma unroll
-                    for (int n = 0; n < SCORE_TILES; ++n)
-                        s[r][n].x[i] = __fmaf_rn(q, ELEMENT::get(k[n][i % 2].x[e]), s[r][n].x[i]);
-                }
+                for (int n = 0; n < SCORE_TILES; ++n)
+                    s[n].x[i] = __fmaf_rn(q, ELEMENT::get(k[n][i % 2].x[e]), s[n].x[i]);
+            }
     }
 }
 
-__device__ __forceinline__ void values(Accumulator (&o)[ROW_TILES][VALUE_TILES], const Shared& shared, int,
-                                       const Places& places, const char* v_pool, int first, bool)
+__device__ __forceinline__ void values(Accumulator (&o)[VALUE_TILES], const Shared& shared, int, const Places& places,
+                                       const char* v_pool, int num_rows, int first, bool)
 {
     const int part = blockIdx.y % ((V_DIM + V_PART - 1) / V_PART) * V_PART;
+#pragma unroll(VALUE_TILES <= 4 ? 4 : 1)
     for (int p = 0; p < TILE; ++p) {
         const long long place = places.v[p];
-        if (place == NOWHERE) continue;
-        float v[VALUE_TILES][2] = {};
+        Elements<V_WIDTH> v[VALUE_TILES][2 / V_WIDTH];
 #pragma unroll
         for (int n = 0; n < VALUE_TILES; ++n)
 #pragma unroll
             for (int j = 0; j < 2; j += V_WIDTH) {
-                const int column = part + 8 * (warp() * VALUE_TILES + n) + Accumulator::column(j);
-                if (column >= V_DIM) continue;
-                const Elements<V_WIDTH> x = *(const Elements<V_WIDTH>*)((const Bits*)(v_pool + place) + column);
-#pragma unroll
-                for (int e = 0; e < V_WIDTH; ++e) v[n][j + e] = ELEMENT::get(x.x[e]);
+                const int column = part + 8 * (column_warp() * VALUE_TILES + n) + Accumulator::column(j);
+                const bool there = place != NOWHERE && column < V_DIM;
+                v[n][j / V_WIDTH] = there ? *(const Elements<V_WIDTH>*)((const Bits*)(v_pool + place) + column) : Elements<V_WIDTH>{};
             }
 #pragma unroll
-        for (int r = 0; r < ROW_TILES; ++r)
+        for (int i = 0; i < 4; ++i) {
+            if (8 * (i / 2) >= num_rows) break;
+            const int row = Accumulator::row(i);
+            if (!shared.rows[row].sees.has(first + p)) continue;
+            const float weight = shared.weights[row][p];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int row = 16 * r + Accumulator::row(i);
-                if (!shared.rows[row].sees.has(first + p)) continue;
-                const float weight = shared.weights[row][p];
-#pragma unroll
-                for (int n = 0; n < VALUE_TILES; ++n) o[r][n].x[i] = __fmaf_rn(weight, v[n][i % 2], o[r][n].x[i]);
-            }
+            for (int n = 0; n < VALUE_TILES; ++n)
+                o[n].x[i] = __fmaf_rn(weight, ELEMENT::get(v[n][i % 2 / V_WIDTH].x[i % 2 % V_WIDTH]), o[n].x[i]);
+        }
     }
 }
 
@@ -373,78 +396,76 @@ __device__ __forceinline__ float quad_sum(float x)
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// Rows 16 r + g + 8 half of a lane, and what they come to.
+// What the scores of a split come to so far, in a lane's two rows.
 struct Sums {
-    Sum of[ROW_TILES][2];
-    static __device__ __forceinline__ int row(int r, int half) { return 16 * r + lane() / 4 + 8 * half; }
+    float most[2] = {-INF, -INF};
+    float shares[2][SHARES] = {};  // of the lane, of the sums over a fourth of each tile
 };
 
 // The online softmax: scores become weights, in shared memory, relative to the greatest score so far; what was there before
-// is scaled to that. `sums` has the lane's share of the totals.
-__device__ __forceinline__ void online_softmax(Accumulator (&s)[ROW_TILES][SCORE_TILES], Sums& sums,
-                                               Accumulator (&o)[ROW_TILES][VALUE_TILES], Shared& shared)
+// is scaled to that.
+__device__ __forceinline__ void online_softmax(Accumulator (&s)[SCORE_TILES], Sums& sums, Accumulator (&o)[VALUE_TILES],
+                                               Shared& shared)
 {
+    float most[2];
 #pragma unroll
-    for (int r = 0; r < ROW_TILES; ++r)
+    for (int half = 0; half < 2; ++half) {
+        most[half] = -INF;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float most = -INF;
+        for (int n = 0; n < SCORE_TILES; ++n) most[half] = fmaxf(most[half], fmaxf(s[n].x[2 * half], s[n].x[2 * half + 1]));
+        most[half] = quad_max(most[half]);
+        if (COLUMN_WARPS > 1 && lane() % 4 == 0) shared.of_fourths[column_warp()][Accumulator::row(2 * half)] = most[half];
+    }
+    if constexpr (COLUMN_WARPS > 1) __syncthreads();
 #pragma unroll
-            for (int n = 0; n < SCORE_TILES; ++n) most = fmaxf(most, fmaxf(s[r][n].x[2 * half], s[r][n].x[2 * half + 1]));
-            most = quad_max(most);
-            if (lane() % 4 == 0) shared.of_warps[warp()][Sums::row(r, half)] = most;
-        }
-    __syncthreads();
+    for (int half = 0; half < 2; ++half) {
+        const int row = Accumulator::row(2 * half);
+        most[half] = fmaxf(most[half], sums.most[half]);
+        if constexpr (COLUMN_WARPS > 1)
 #pragma unroll
-    for (int r = 0; r < ROW_TILES; ++r)
+            for (int w = 0; w < COLUMN_WARPS; ++w) most[half] = fmaxf(most[half], shared.of_fourths[w][row]);
+        const float shift = shift_of(most[half]), before = ex2_approx(sums.most[half] - shift);
+        sums.most[half] = most[half];
+        constexpr int TILES_OF_SHARE = SCORE_TILES / SHARES;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int row = Sums::row(r, half);
-            Sum& sum = sums.of[r][half];
-            float most = sum.most;
-#pragma unroll
-            for (int w = 0; w < WARPS; ++w) most = fmaxf(most, shared.of_warps[w][row]);
-            const float shift = shift_of(most), before = ex2_approx(sum.most - shift);
+        for (int share = 0; share < SHARES; ++share) {
             float total = 0;
 #pragma unroll
-            for (int n = 0; n < SCORE_TILES; ++n) {
-                const float low = ex2_approx(s[r][n].x[2 * half] - shift), high = ex2_approx(s[r][n].x[2 * half + 1] - shift);
-                shared.put_weights(row, 8 * (warp() * SCORE_TILES + n) + Accumulator::column(0), low, high);
+            for (int n = share * TILES_OF_SHARE; n < (share + 1) * TILES_OF_SHARE; ++n) {
+                const float low = ex2_approx(s[n].x[2 * half] - shift), high = ex2_approx(s[n].x[2 * half + 1] - shift);
+                shared.put_weights(row, 8 * (column_warp() * SCORE_TILES + n) + Accumulator::column(0), low, high);
                 total += low + high;
             }
-            sum.most = most;
-            sum.total = __fmaf_rn(sum.total, before, total);
-#pragma unroll
-            for (int n = 0; n < VALUE_TILES; ++n)
-#pragma unroll
-                for (int j = 0; j < 2; ++j) o[r][n].x[2 * half + j] = __fmul_rn(o[r][n].x[2 * half + j], before);
+            sums.shares[half][share] = __fmaf_rn(sums.shares[half][share], before, total);
         }
-    __syncthreads();
+#pragma unroll
+        for (int n = 0; n < VALUE_TILES; ++n)
+#pragma unroll
+            for (int j = 0; j < 2; ++j) o[n].x[2 * half + j] = __fmul_rn(o[n].x[2 * half + j], before);
+    }
+    sync_rows();
 }
 
-// From the lanes' shares of the totals to the totals, which all lanes of a row know. All threads come.
-__device__ __forceinline__ void add_shares(Sums& sums, Shared& shared)
+// The totals of a lane's two rows, from the lanes' shares of the sums over fourths of the tiles.
+__device__ __forceinline__ void add_shares(float (&totals)[2], const Sums& sums, Shared& shared)
 {
 #pragma unroll
-    for (int r = 0; r < ROW_TILES; ++r)
+    for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const float total = quad_sum(sums.of[r][half].total);
-            if (lane() % 4 == 0) shared.of_warps[warp()][Sums::row(r, half)] = total;
+        for (int share = 0; share < SHARES; ++share) {
+            const float sum = quad_sum(sums.shares[half][share]);
+            if (lane() % 4 == 0) shared.of_fourths[column_warp() * SHARES + share][Accumulator::row(2 * half)] = sum;
         }
-    __syncthreads();
+    sync_rows();
 #pragma unroll
-    for (int r = 0; r < ROW_TILES; ++r)
+    for (int half = 0; half < 2; ++half) {
+        totals[half] = 0;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float total = 0;
-#pragma unroll
-            for (int w = 0; w < WARPS; ++w) total += shared.of_warps[w][Sums::row(r, half)];
-            sums.of[r][half].total = total;
-        }
+        for (int fourth = 0; fourth < WARPS; ++fourth) totals[half] += shared.of_fourths[fourth][Accumulator::row(2 * half)];
+    }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_attention(
+extern "C" __global__ void __launch_bounds__(THREADS, ROWS == 16 && V_PART <= 256 ? 3 : 1) paged_attention(
     const char* query, long long query_token, long long query_head, long long query_dim,
     const char* k_cache, long long k_block, long long k_slot, long long k_head,
     const char* v_cache, long long v_block, long long v_slot, long long v_head, long long num_blocks,
@@ -481,7 +502,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_attention(
         shared.rows[row] = {exists ? mask.of_token(token) : Interval{0, 0}, (int)(mask.first_position + token),
                             alibi_slopes ? __fmul_rn(LOG2_E, *(const float*)(alibi_slopes + head * slope_stride)) : 0.f,
                             exists ? (int)(first_token + token) : -1, head};
-        for (int w = 0; w < WARPS; ++w) shared.united[w][row] = Sum();
+        for (int w = 0; w < COLUMN_WARPS; ++w) shared.united[w][row] = Sum();
     }
     // What any of the rows sees, and what all of them see.
     const Interval of_first = mask.of_token(first_row / GROUP);
@@ -500,137 +521,153 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_attention(
     const char* table = block_tables + seq * table_stride;
     const auto position = [](int tile) { return (int)((unsigned)tile * TILE + threadIdx.x); };  // past the end it may wrap
     const auto block_of = [&](int tile) {
-        const bool wanted = threadIdx.x < TILE && any.has(position(tile));
-        return wanted ? (long long)*(const TABLE_T*)(table + position(tile) / BLOCK_SIZE * entry_stride) : -1;
+        TABLE_T block = -1;
+        if (threadIdx.x < TILE && any.has(position(tile)))
+            block = *(const TABLE_T*)(table + position(tile) / BLOCK_SIZE * entry_stride);
+        return block;
     };
+    // Whether it is there.
     const auto put_places = [&](Places& places, int tile, long long block) {
-        if (threadIdx.x >= TILE) return;
+        if (threadIdx.x >= TILE) return true;
         const int slot = position(tile) % BLOCK_SIZE;
         const bool there = 0 <= block && block < num_blocks;
         places.k[threadIdx.x] = there ? block * k_block + slot * k_slot : NOWHERE;
         places.v[threadIdx.x] = there ? block * v_block + slot * v_slot : NOWHERE;
+        return there;
     };
-    // STAGES tiles are on their way before they are needed, and the blocks of one more are known: where a load is followed by
-    // what needs it, a warp waits.
-    long long blocks[STAGES + 1];
+    const auto begin_fetch = [&](int stage, const Places& places, bool whole) {
+        if (whole)
+            fetch<true>(shared, stage, places, k_pool, v_pool);
+        else
+            fetch<false>(shared, stage, places, k_pool, v_pool);
+        cp_async_commit();
+    };
+    // STAGES tiles are on their way before they are needed, and the blocks of one more are asked for: a warp waits where a
+    // load is followed by what needs it.
+    TABLE_T blocks[STAGES + 1];
 #pragma unroll
     for (int i = 0, t = tile; i <= STAGES; ++i, t = next(t)) blocks[i] = block_of(t);
+    TABLE_T block_ahead = blocks[STAGES];
+    bool whole[STAGES];
 #pragma unroll
-    for (int i = 0; i < STAGES; ++i, ahead = next(ahead)) put_places(shared.places[i], ahead, blocks[i]);
-    long long block_ahead = blocks[STAGES];
-    __syncthreads();
+    for (int i = 0; i < STAGES; ++i, ahead = next(ahead)) whole[i] = put_places(shared.places[i], ahead, blocks[i]);
 #pragma unroll
     for (int i = 0; i < STAGES; ++i) {
-        fetch(shared, i, shared.places[i], k_pool, v_pool);
-        cp_async_commit();
+        whole[i] = __syncthreads_and(whole[i]);
+        begin_fetch(i, shared.places[i], whole[i]);
     }
-    for (int first = threadIdx.x; first < ROWS * HEAD_DIM; first += QUERY_BATCH * THREADS) {
-        Bits elements[QUERY_BATCH];
+    constexpr int QUERY_BATCH = 4;
+    for (int first = threadIdx.x * QUERY_WIDTH; first < ROWS * HEAD_DIM; first += QUERY_BATCH * THREADS * QUERY_WIDTH) {
+        Elements<QUERY_WIDTH> elements[QUERY_BATCH] = {};
 #pragma unroll
         for (int j = 0; j < QUERY_BATCH; ++j) {
-            const int i = first + j * THREADS;
+            const int i = first + j * THREADS * QUERY_WIDTH;
             if (i >= ROWS * HEAD_DIM) break;
             const Row& row = shared.rows[i / HEAD_DIM];
             const char* q = query + row.token * query_token + row.head * query_head + i % HEAD_DIM * query_dim;
-            elements[j] = row.token >= 0 ? *(const Bits*)q : Bits(0);
+            if (row.token >= 0) elements[j] = *(const Elements<QUERY_WIDTH>*)q;
         }
 #pragma unroll
         for (int j = 0; j < QUERY_BATCH; ++j) {
-            const int i = first + j * THREADS;
+            const int i = first + j * THREADS * QUERY_WIDTH;
             if (i < ROWS * HEAD_DIM) shared.put_query(i / HEAD_DIM, i % HEAD_DIM, elements[j]);
         }
     }
 
     const Scoring scoring{inner, outer, alibi_slopes != nullptr};
-    Accumulator o[ROW_TILES][VALUE_TILES], united_o[ROW_TILES][VALUE_TILES];
+    const int rows_of_warp = (int)min(num_rows - first_row, (long long)ROWS) - first_row_of_warp();  // or more than it has
+    Accumulator o[VALUE_TILES], united_o[VALUE_TILES];
     Sums sums;
     for (int i = 0; tile < end; ++i, tile = next(tile), ahead = next(ahead)) {
         const int stage = i % STAGES, first = tile * TILE;
         const Places &here = shared.places[i % 2], &next_places = shared.places[(i + STAGES) % 2];
         cp_async_wait<STAGES - 1>();
         __syncthreads();  // the tile is there, and so is, at first, the query
-        put_places(shared.places[(i + STAGES) % 2], ahead, block_ahead);
+        const bool there = put_places(shared.places[(i + STAGES) % 2], ahead, block_ahead);
         block_ahead = block_of(next(ahead));
 
-        Accumulator s[ROW_TILES][SCORE_TILES];
-        products(s, shared, stage, here, k_pool);
+        Accumulator s[SCORE_TILES];
+        products(s, shared, stage, here, k_pool, rows_of_warp);
         const bool seen = all.covers(first, first + TILE);
+        if (seen && !SOFTCAP && !scoring.slopes) {
 #pragma unroll
-        for (int r = 0; r < ROW_TILES; ++r)
+            for (int n = 0; n < SCORE_TILES; ++n)
+#pragma unroll
+                for (int l = 0; l < 4; ++l) s[n].x[l] = __fmul_rn(outer, s[n].x[l]);
+        } else {
 #pragma unroll
             for (int l = 0; l < 4; ++l) {
-                const Row& row = shared.rows[16 * r + Accumulator::row(l)];
+                const Row row = shared.rows[Accumulator::row(l)];
 #pragma unroll
                 for (int n = 0; n < SCORE_TILES; ++n) {
-                    const int p = first + 8 * (warp() * SCORE_TILES + n) + Accumulator::column(l);
-                    s[r][n].x[l] = seen || row.sees.has(p) ? scoring(s[r][n].x[l], row, p) : -INF;
+                    const int p = first + 8 * (column_warp() * SCORE_TILES + n) + Accumulator::column(l);
+                    s[n].x[l] = seen || row.sees.has(p) ? scoring(s[n].x[l], row, p) : -INF;
                 }
             }
+        }
         online_softmax(s, sums, o, shared);
-        values(o, shared, stage, here, v_pool, first, all.covers(max(first, any.first), min(first + TILE, any.end)));
-        __syncthreads();  // nobody needs the tile any more
-        fetch(shared, stage, next_places, k_pool, v_pool);
-        cp_async_commit();
+        values(o, shared, stage, here, v_pool, rows_of_warp, first,
+               all.covers(max(first, any.first), min(first + TILE, any.end)));
+        begin_fetch(stage, next_places, __syncthreads_and(there));  // nobody needs the tile any more
 
         if ((tile + 1) % TILES && tile + 1 < end) continue;
-        add_shares(sums, shared);
-        const long long slot = tile / TILES % num_splits;
+        float totals[2];
+        add_shares(totals, sums, shared);
+        const int slot = tile / TILES % (int)num_splits;
 #pragma unroll
-        for (int r = 0; r < ROW_TILES; ++r)
+        for (int half = 0; half < 2; ++half) {
+            const Row& row = shared.rows[Accumulator::row(2 * half)];
+            Sum sum;
+            sum.most = sums.most[half];
+            sum.total = totals[half];
+            Sum& so_far = shared.united[column_warp()][Accumulator::row(2 * half)];
+            const United both = unite(so_far, sum);
+            float* of_row = nullptr;
+            if (scratch) of_row = scratch + ((slot * num_tokens + row.token) * num_heads + row.head) * (V_DIM + 2);
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const Row& row = shared.rows[Sums::row(r, half)];
-                Sum& sum = sums.of[r][half];
-                Sum& so_far = shared.united[warp()][Sums::row(r, half)];
-                const United both = unite(so_far, sum);
-                float* of_row = nullptr;
-                if (scratch) of_row = scratch + ((slot * num_tokens + row.token) * num_heads + row.head) * (V_DIM + 2);
-#pragma unroll
-                for (int n = 0; n < VALUE_TILES; ++n) {
-                    const int column = part + 8 * (warp() * VALUE_TILES + n) + Accumulator::column(0);
-                    float &low = o[r][n].x[2 * half], &high = o[r][n].x[2 * half + 1];
-                    if (!scratch) {
-                        united_o[r][n].x[2 * half] = both.values(united_o[r][n].x[2 * half], low);
-                        united_o[r][n].x[2 * half + 1] = both.values(united_o[r][n].x[2 * half + 1], high);
-                    } else if (row.token >= 0 && column + 1 < V_DIM && V_DIM % 2 == 0) {
-                        *(float2*)(of_row + 2 + column) = make_float2(low, high);
-                    } else if (row.token >= 0) {
-                        if (column < V_DIM) of_row[2 + column] = low;
-                        if (column + 1 < V_DIM) of_row[2 + column + 1] = high;
-                    }
-                    low = high = 0;
+            for (int n = 0; n < VALUE_TILES; ++n) {
+                const int column = part + 8 * (column_warp() * VALUE_TILES + n) + Accumulator::column(0);
+                float &low = o[n].x[2 * half], &high = o[n].x[2 * half + 1];
+                if (!scratch) {
+                    united_o[n].x[2 * half] = both.values(united_o[n].x[2 * half], low);
+                    united_o[n].x[2 * half + 1] = both.values(united_o[n].x[2 * half + 1], high);
+                } else if (row.token >= 0 && column + 1 < V_DIM && V_DIM % 2 == 0) {
+                    *(float2*)(of_row + 2 + column) = make_float2(low, high);
+                } else if (row.token >= 0) {
+                    if (column < V_DIM) of_row[2 + column] = low;
+                    if (column + 1 < V_DIM) of_row[2 + column + 1] = high;
                 }
-                if (scratch && row.token >= 0 && part == 0 && warp() == 0 && lane() % 4 == 0) {
-                    of_row[0] = sum.most;
-                    of_row[1] = sum.total;
-                }
-                __syncwarp();
-                if (lane() % 4 == 0) so_far = both.sum;
-                sum = Sum();
+                low = high = 0;
             }
+            if (scratch && row.token >= 0 && part == 0 && column_warp() == 0 && lane() % 4 == 0) {
+                of_row[0] = sum.most;
+                of_row[1] = sum.total;
+            }
+            __syncwarp();
+            if (lane() % 4 == 0) so_far = both.sum;
+        }
+        sums = Sums();
     }
     cp_async_wait_all();
     if (scratch) return;
     __syncwarp();  // for the warp's own united sums
 
 #pragma unroll
-    for (int r = 0; r < ROW_TILES; ++r)
+    for (int half = 0; half < 2; ++half) {
+        const Row& row = shared.rows[Accumulator::row(2 * half)];
+        if (row.token < 0) continue;
+        const Sum sum = shared.united[column_warp()][Accumulator::row(2 * half)];
+        const End ends = sinks ? end_of(sum, *(const float*)(sinks + row.head * sink_stride)) : end_of(sum);
+        char* of_row = out + row.token * out_token + row.head * out_head;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const Row& row = shared.rows[Sums::row(r, half)];
-            if (row.token < 0) continue;
-            const Sum sum = shared.united[warp()][Sums::row(r, half)];
-            const End ends = sinks ? end_of(sum, *(const float*)(sinks + row.head * sink_stride)) : end_of(sum);
-            char* of_row = out + row.token * out_token + row.head * out_head;
+        for (int n = 0; n < VALUE_TILES; ++n)
 #pragma unroll
-            for (int n = 0; n < VALUE_TILES; ++n)
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    const int column = part + 8 * (warp() * VALUE_TILES + n) + Accumulator::column(j);
-                    if (column < V_DIM)
-                        *(Bits*)(of_row + column * out_dim) = ELEMENT::round(ends.value(united_o[r][n].x[2 * half + j]));
-                }
-            if (lse && part == 0 && warp() == 0 && lane() % 4 == 0)
-                *(float*)(lse + row.token * lse_token + row.head * lse_head) = ends.lse;
-        }
+            for (int j = 0; j < 2; ++j) {
+                const int column = part + 8 * (column_warp() * VALUE_TILES + n) + Accumulator::column(j);
+                if (column < V_DIM)
+                    *(Bits*)(of_row + column * out_dim) = ELEMENT::round(ends.value(united_o[n].x[2 * half + j]));
+            }
+        if (lse && part == 0 && column_warp() == 0 && lane() % 4 == 0)
+            *(float*)(lse + row.token * lse_token + row.head * lse_head) = ends.lse;
+    }
 }

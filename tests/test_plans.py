@@ -142,7 +142,7 @@ def attention_of(dtype: Any, dim: int, v_dim: int, num_tokens: int = 1) -> Atten
 )
 def test_what_a_block_of_attention_is_made_for(dtype, dim, v_dim, many_rows, v_is_k, arch, expected):
     room = ARCHITECTURES[arch].shared_memory_of_block
-    shape = shape_of(attention_of(dtype, dim, v_dim), many_rows, v_is_k, 16, False, arch, room)
+    shape = shape_of(attention_of(dtype, dim, v_dim), many_rows, v_is_k, 16, 16, False, arch, room)
     defines = dict(shape.defines)
     assert (*(defines[name] for name in ("TENSOR", "ROWS", "TILE", "STAGES")), shape.parts) == expected
     assert shape.shared_bytes <= room
@@ -160,7 +160,7 @@ def test_a_query_that_shared_memory_has_no_room_for(kernel_device):
 def test_scratch_of_long_tables_serves_a_window():
     """Sums of all splits would be more than are kept; those of a window's splits are not."""
     layout = attention_of(np.float16, 64, 64, num_tokens=64)
-    shape = shape_of(layout, False, False, 16, False, 90, ARCHITECTURES[90].shared_memory_of_block)
+    shape = shape_of(layout, False, False, 16, 16, False, 90, ARCHITECTURES[90].shared_memory_of_block)
     long_tables = (64, 2**24 // 16, False, 132)
     windowed = spread_of(layout, shape, Scoring(0.125, 0.0, 4096, 0), *long_tables)
     assert (windowed.splits, windowed.grid[2]) == (18, 17)

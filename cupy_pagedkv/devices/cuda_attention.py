@@ -18,7 +18,7 @@ _MOST_STAGES = 2
 _MOST_COLUMNS = 512  # of V, that a block has: two accumulators of 64 registers a thread, with 16 rows
 _MOST_FLOATS = 8192  # rows times columns of V: with more, the accumulators would not fit the registers
 _MOST_SCRATCH = 2**26  # floats
-_BLOCKS_OF_FEW_ROWS = 16  # thread blocks for each multiprocessor
+_BLOCKS_OF_FEW_ROWS = 32  # thread blocks for each multiprocessor
 
 
 class Shape(NamedTuple):
@@ -32,7 +32,14 @@ class Shape(NamedTuple):
 
 
 def shape_of(
-    layout: AttentionLayout, many_rows: bool, v_is_k: bool, access: int, softcap: bool, arch: int, room: int
+    layout: AttentionLayout,
+    many_rows: bool,
+    v_is_k: bool,
+    access: int,
+    query_access: int,
+    softcap: bool,
+    arch: int,
+    room: int,
 ) -> Shape:
     """For ``sm_<arch>`` with ``room`` bytes of shared memory for a block; ``many_rows`` of a sequence are more than 16.
     Raises ``ValueError`` where that is too little."""
@@ -45,7 +52,7 @@ def shape_of(
     rows = max(16, min(64, 2 ** int(math.log2(most // min(v_dim, _MOST_COLUMNS))))) if many_rows else 16
 
     def shared_bytes(rows: int, stages: int) -> int:  # struct Shared of the kernel
-        common = 32 * tile + (24 + 32 + 16) * rows
+        common = 32 * tile + (24 + 16) * rows + 8 * 64
         if tensor:
             return 2 * rows * (dim + tile) + stages * 2 * tile * (dim + of_v) + 16 * v_is_k + common
         return 4 * rows * (dim + 4 + tile + 4) + common
@@ -63,7 +70,8 @@ def shape_of(
     defines: Defines = (
         ("ELEMENT", ELEMENTS[dtype.name]), ("TENSOR", int(tensor)), ("HEAD_DIM", dim), ("V_DIM", v_dim),
         ("V_PART", columns), ("V_IS_K", int(v_is_k)), ("GROUP", layout.group), ("BLOCK_SIZE", layout.block_size),
-        ("ROWS", rows), ("TILE", tile), ("STAGES", stages), ("ACCESS", access), ("SOFTCAP", int(softcap)),
+        ("ROWS", rows), ("TILE", tile), ("STAGES", stages), ("ACCESS", access), ("QUERY_ACCESS", query_access),
+        ("SOFTCAP", int(softcap)),
     )  # fmt: skip
     return Shape(rows, -(-v_dim // columns), shared_bytes(rows, stages), defines)
 
@@ -101,7 +109,6 @@ def spread_of(
     # Few rows wait for memory, and many blocks hide that; many rows compute, and what is kept would cost more.
     wanted = processors * (_BLOCKS_OF_FEW_ROWS if shape.rows == 16 else 1)
     z = min(splits, -(-wanted // max(1, tiles * heads)), 65535)
-    z = -(-splits // -(-splits // z))  # as few as leave the longest as it is
     if z == 1 or scratch > _MOST_SCRATCH:
         return Spread((tiles, heads, 1), 0, 0)
     return Spread((tiles, heads, z), splits, scratch)

@@ -439,8 +439,8 @@ class CudaBackend:
         with self.on(device):  # where CuPy compiles the kernel, and sets its limit, too
             plan = self._attention_plan(
                 layout, scoring, num_seqs, max_blocks, packed, max_seqlen_q if packed else 1, k_address == v_address,
-                (k_address | v_address) % 16, device, self._architecture(device), block_tables.itemsize,
-                seq_lens.itemsize, cu_seqlens_q.itemsize if packed else seq_lens.itemsize,
+                (k_address | v_address) % 16, self._address(query) % 16, device, self._architecture(device),
+                block_tables.itemsize, seq_lens.itemsize, cu_seqlens_q.itemsize if packed else seq_lens.itemsize,
             )  # fmt: skip
             spread = plan.spread
             if scratch is None and spread.scratch:
@@ -478,7 +478,7 @@ class CudaBackend:
         device = self._device(pool)
         many_rows = self._many_rows(layout, num_seqs, max_seqlen_q)
         access = layout.query.dtype.itemsize  # any would do
-        shape = shape_of(layout, many_rows, False, access, False, *self._architecture(device))
+        shape = shape_of(layout, many_rows, False, access, access, False, *self._architecture(device))
         packed = layout.num_tokens != num_seqs
         return spread_of(layout, shape, None, num_seqs, max_blocks, packed, self._processors(device)).scratch
 
@@ -539,6 +539,7 @@ class CudaBackend:
         max_seqlen_q: int | None,
         same_address: bool,
         misalignment: int,
+        query_misalignment: int,
         device: Any,
         architecture: tuple[int, int],
         *index_sizes: int,
@@ -546,8 +547,8 @@ class CudaBackend:
         query, k_cache, v_cache = layout.query, layout.k_cache, layout.v_cache
         v_is_k = same_address and k_cache.strides == v_cache.strides and v_cache.shape[4] <= k_cache.shape[4]
         shape, kernel, merge = self._attention_kernels(
-            layout, self._many_rows(layout, num_seqs, max_seqlen_q), v_is_k, misalignment, scoring.softcap > 0, device,
-            architecture, *index_sizes,
+            layout, self._many_rows(layout, num_seqs, max_seqlen_q), v_is_k, misalignment, query_misalignment,
+            scoring.softcap > 0, device, architecture, *index_sizes,
         )  # fmt: skip
         spread = spread_of(layout, shape, scoring, num_seqs, max_blocks, packed, self._processors(device))
         inner = scoring.softmax_scale / scoring.softcap if scoring.softcap else 0.0
@@ -563,6 +564,7 @@ class CudaBackend:
         many_rows: bool,
         v_is_k: bool,
         misalignment: int,
+        query_misalignment: int,
         softcap: bool,
         device: Any,
         architecture: tuple[int, int],
@@ -573,7 +575,12 @@ class CudaBackend:
         access = math.gcd(16, misalignment, *(n * item for n in (layout.k_cache.shape[4], layout.v_cache.shape[4])))
         for pool in (layout.k_cache, layout.v_cache):
             access = math.gcd(access, *(s for s, n in zip(pool.strides[1:4], pool.shape[1:4], strict=True) if n > 1))
-        shape = shape_of(layout, many_rows, v_is_k, access, softcap, *architecture)
+        query = layout.query
+        query_access = item
+        if query.strides[2] == item or query.shape[2] == 1:
+            reached = [s for s, n in zip(query.strides[:2], query.shape[:2], strict=True) if n > 1]
+            query_access = math.gcd(16, query_misalignment, query.shape[2] * item, *reached)
+        shape = shape_of(layout, many_rows, v_is_k, access, query_access, softcap, *architecture)
         kernel = self._kernel("paged_attention", shape.defines + _index_types("paged_attention", index_sizes))
         kernel.max_dynamic_shared_size_bytes = shape.shared_bytes
         of_merge = tuple(define for define in shape.defines if define[0] in ("ELEMENT", "V_DIM", "BLOCK_SIZE"))
