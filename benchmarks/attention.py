@@ -22,7 +22,7 @@ from .timing import Row, time_on_cpu, time_on_gpu
 LARGEST = 4e9  # bytes of K and V
 DTYPES = ("float32", "bfloat16", "float16")
 TOLERANCES = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}  # absolute: values are normal, and their means less
-READ, EMPTY = "a kernel that reads", "two empty kernels"
+READ, TWO_EMPTY = "a kernel that reads", "two empty kernels"
 
 _SUM = """
 extern "C" __global__ void sum(const uint4* k, const uint4* v, long long n, unsigned* out) {
@@ -299,7 +299,7 @@ def contenders(p: AttentionProblem) -> dict[str, list[Call]]:
         empty((1,), (32,), ())
         empty((1,), (32,), ())
 
-    calls[EMPTY] = [two] * p.sets
+    calls[TWO_EMPTY] = [two] * p.sets
     if torch is not None and torch.cuda.is_available():
         calls["torch"] = [torch_gpu_calls(p, i) for i in range(p.sets)]
     return calls
@@ -313,7 +313,7 @@ def measure_attention(case: AttentionCase, xp: Any, seconds: float) -> Row:
     problem = AttentionProblem(case, sets, xp)
     calls, expected = contenders(problem), problem.expected()
     for name, of_sets in calls.items():
-        if name not in (FLOOR, READ, EMPTY):
+        if name not in (FLOOR, READ, TWO_EMPTY):
             problem.verify(name, of_sets[0], expected)
     return Row(case, time_on_cpu(calls, seconds) if xp is np else time_on_gpu(calls, seconds, xp))
 

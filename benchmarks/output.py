@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from .attention import DTYPES, EMPTY, READ, best_torch
+from .attention import DTYPES, READ, TWO_EMPTY, best_torch
 from .cases import FLOOR, OPERATIONS, OURS, torch, triton
 from .chores import Chore
-from .timing import Row
+from .timing import BARE, EMPTY, Row
 
 
 def table(rows: Iterable[Row]) -> Iterable[str]:
@@ -20,7 +20,7 @@ def table(rows: Iterable[Row]) -> Iterable[str]:
     rivals: list[str] = []
     for row in rows:
         if not rivals:
-            rivals = [name for name in row.seconds if name not in (OURS, FLOOR, "empty kernel")]
+            rivals = [name for name in row.seconds if name not in (OURS, FLOOR, EMPTY)]
             titles = ["µs", "GB/s", "of copy", *(f"x {name}" for name in rivals)]
             titles += ["eager µs", "bare µs"] if row.eager else []
             yield f"{'operation':<15}{'shape':<16}{'tokens':>7}" + "".join(f"{title:>12}" for title in titles)
@@ -73,11 +73,11 @@ def bars(rows: Sequence[Row], on_gpu: bool) -> Iterable[str]:
                        [(row.share_of_copy(), row.case.label) for row in large])  # fmt: skip
         yield from bar("ahead of indexing, PyTorch and Triton", 1.0,
                        [r for row in rows for r in rivals(row, "indexing", "torch", "triton")])  # fmt: skip
-        appends = [row for row in rows if row.case.tokens == 64 and "empty kernel" in row.seconds]
-        yield from bar("an append of 64 tokens within 1.3 of an empty kernel (as its inverse)", 1 / 1.3,
-                       [(row.ratio_to("empty kernel"), row.case.label) for row in appends])  # fmt: skip
+        yield from bar("a graph of one append of 64 tokens within 1.3 of one of an empty kernel (as its inverse)", 1 / 1.3,
+                       [(row.alone[EMPTY] / row.alone[OURS], row.case.label) for row in rows
+                        if row.case.tokens == 64 and row.alone])  # fmt: skip
         yield from bar("an eager call within 2.0 of a bare launch (as its inverse)", 1 / 2.0,
-                       [(row.eager["bare launch"] / row.eager[OURS], row.case.label) for row in rows])  # fmt: skip
+                       [(row.eager[BARE] / row.eager[OURS], row.case.label) for row in rows])  # fmt: skip
         return
     in_blocks = [row for row in rows if row.case.bytes >= 4e6 and row.case.operation in ("scatter blocks", "gather")]
     yield from bar(">= 0.85 of np.copyto from 4 MB, gather and slots through whole blocks", 0.85,
@@ -123,7 +123,7 @@ def attention_bars(rows: Sequence[Row], on_gpu: bool) -> Iterator[str]:
                        [(ratio, row.case.label) for row, ratio in against_torch("prefill")])  # fmt: skip
         short = [row for row in rows if row.case.name == "decode" and row.case.batch * row.case.length <= 128]
         yield from bar("decode of one short sequence within 2.0 of two empty kernels (as its inverse)", 1 / 2.0,
-                       [(row.ratio_to(EMPTY), row.case.label) for row in short])  # fmt: skip
+                       [(row.ratio_to(TWO_EMPTY), row.case.label) for row in short])  # fmt: skip
         return
     for name, dtype in product(("decode", "prefill", "MLA"), DTYPES):
         for text, at_least, longer in (("from", 1.3, True), ("below", 1.0, False)):
@@ -173,7 +173,7 @@ def plot(rows: Sequence[Row], path: str) -> None:
         for j, shape in enumerate(shapes):
             of_panel = [row for row in rows if (row.case.operation, row.case.shape) == (operation, shape)]
             panel = axes[i][j]
-            for name in [OURS, *(n for n in rows[0].seconds if n not in (OURS, FLOOR, "empty kernel"))]:
+            for name in [OURS, *(n for n in rows[0].seconds if n not in (OURS, FLOOR, EMPTY))]:
                 points = [(row.case.bytes, row.share_of_copy(name)) for row in of_panel if name in row.seconds]
                 panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name,
                            linewidth=2 if name == OURS else 1)  # fmt: skip

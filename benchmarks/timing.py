@@ -16,6 +16,9 @@ from cupy_pagedkv.devices.cuda_backend import CudaBackend
 from .cases import FLOOR, OURS, Call, Case, Problem, contenders, torch
 
 
+BARE, EMPTY = "bare launch", "empty kernel"
+
+
 @dataclass
 class Row:
     """What was measured of a case; times in seconds, medians, of one call."""
@@ -24,6 +27,8 @@ class Row:
     seconds: dict[str, float]
     eager: dict[str, float] = field(default_factory=dict)
     """Host time of one call on a GPU: of ours, and of launching the same kernel with the same arguments."""
+    alone: dict[str, float] = field(default_factory=dict)
+    """Of a CUDA graph that is one call: of ours, and of an empty kernel."""
 
     def share_of_copy(self, name: str = OURS) -> float:
         return self.seconds[FLOOR] / self.seconds[name]
@@ -104,16 +109,20 @@ def time_on_gpu(calls: dict[str, list[Call]], seconds: float, cupy: Any) -> dict
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
-def host_time(call: Call, cupy: Any) -> float:
-    """Median host time of one call that only queues work."""
-    samples = []
-    for _ in range(30):
-        cupy.cuda.Device().synchronize()
-        start = time.perf_counter()
-        for _ in range(20):  # fewer than a stream's queue holds
-            call()
-        samples.append((time.perf_counter() - start) / 20)
-    return statistics.median(samples)
+def host_times(calls: dict[str, Call], cupy: Any) -> dict[str, float]:
+    """Median host times of calls that only queue work."""
+
+    def timed(call: Call) -> Callable[[], float]:
+        def several() -> float:
+            cupy.cuda.Device().synchronize()
+            start = time.perf_counter()
+            for _ in range(20):  # fewer than a stream's queue holds
+                call()
+            return (time.perf_counter() - start) / 20
+
+        return several
+
+    return in_turns({name: timed(call) for name, call in calls.items()}, 30)
 
 
 class Launched:
@@ -161,9 +170,11 @@ def measure(case: Case, xp: Any, seconds: float) -> Row:
     if xp is np:
         return Row(case, time_on_cpu(calls, seconds))
     ours = calls[OURS][0]
-    row = Row(case, {}, {OURS: host_time(ours, xp), "bare launch": host_time(bare_launch(ours, xp), xp)})
+    row = Row(case, {}, host_times({OURS: ours, BARE: bare_launch(ours, xp)}, xp))
     if case.operation.startswith("scatter"):
-        empty = xp.RawKernel('extern "C" __global__ void empty() {}', "empty")
-        calls["empty kernel"] = [lambda: empty((1,), (32,), ())] * sets
+        kernel = xp.RawKernel('extern "C" __global__ void empty() {}', "empty")
+        empty = [lambda: kernel((1,), (32,), ())]
+        row.alone = time_on_gpu({OURS: [ours], EMPTY: empty}, seconds, xp)
+        calls[EMPTY] = empty * sets
     row.seconds = time_on_gpu(calls, seconds, xp)
     return row

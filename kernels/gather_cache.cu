@@ -16,7 +16,8 @@
 // The lengths are summed here, once by each thread block, so that a captured CUDA graph can replay with new ones and needs
 // no scratch memory: each thread sums a share of the sequences, a scan makes of that how many segments and rows lie before
 // each share, and a warp looks up where its first slice lies. From there it walks. The fewer blocks are launched, the less
-// is read twice: as many as the device holds at once are enough.
+// is read twice; the more, the better they fill the device to the end: on an H100 the same 32,768 tokens took 103.5 µs in as
+// many blocks as it holds at once, and 97.9 by a slice a warp, where a copy takes 94.1.
 //
 // Four blocks a multiprocessor (the second launch bound) leave a thread 128 registers. With five, rows of 15 accesses of
 // 16 bytes in blocks of three slots spilled for sm_90.

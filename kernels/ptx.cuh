@@ -141,6 +141,26 @@ template <int N> __device__ __forceinline__ void cp_async_wait() {}
 __device__ __forceinline__ void cp_async_wait_all() {}
 #endif
 
+// Loads from global memory that are begun where they stand. Others are put off until behind a branch of which one side alone
+// needs them.
+#define LOAD_NOW(Type, suffix, outputs, operand, ...)                                                                \
+    __device__ __forceinline__ void load_now(Type& x, const Type* p)                                                 \
+    {                                                                                                                \
+        asm volatile("ld.relaxed.cta.global." suffix " " outputs ", [" operand "];"                                  \
+                     : __VA_ARGS__ : "l"(__cvta_generic_to_global(p)));                                              \
+    }
+LOAD_NOW(uint4, "v4.u32", "{%0, %1, %2, %3}", "%4", "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w))
+LOAD_NOW(uint2, "v2.u32", "{%0, %1}", "%2", "=r"(x.x), "=r"(x.y))
+LOAD_NOW(unsigned, "u32", "%0", "%1", "=r"(x))
+LOAD_NOW(unsigned short, "u16", "%0", "%1", "=h"(x))
+#undef LOAD_NOW
+__device__ __forceinline__ void load_now(unsigned char& x, const unsigned char* p)
+{
+    unsigned short wider;
+    asm volatile("ld.relaxed.cta.global.u8 %0, [%1];" : "=h"(wider) : "l"(__cvta_generic_to_global(p)));
+    x = (unsigned char)wider;
+}
+
 #else
 using namespace emulated_ptx;
 #endif

@@ -5,6 +5,8 @@
 // Who includes this says where access i is read from and where it is written to, as two Runs, and defines ACCESS_T and
 // UNROLL.
 
+#include "ptx.cuh"
+
 // OUTER x INNER runs of RUN accesses each, that lie `outer` and `inner` bytes apart; and so on for further rows, `row`
 // bytes apart. Where all of it is contiguous, the host says 1 x 1 runs of the whole row, and all strides but `row` fall
 // away at compile time. RUN, INNER and OUTER are constants, so no division is left but multiplications and shifts.
@@ -43,7 +45,7 @@ struct Carried {
     {
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u)
-            if (first + u * 32 < end) accesses[u] = *(const ACCESS_T*)from(first + u * 32);
+            if (first + u * 32 < end) load_now(accesses[u], (const ACCESS_T*)from(first + u * 32));
     }
 
     template <class To> __device__ __forceinline__ void store(const To& to) const

@@ -42,6 +42,8 @@ inline float ex2_approx(float x)
 }
 inline float tanh_approx(float x) { return tanhf(x); }
 
+template <class T> EMULATED_INLINE void load_now(T& x, const T* p) { x = *p; }
+
 namespace of_warp {
 
 using namespace emulated;
