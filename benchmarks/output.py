@@ -73,7 +73,7 @@ def bars(rows: Sequence[Row], on_gpu: bool) -> Iterable[str]:
                        [(row.share_of_copy(), row.case.label) for row in large])  # fmt: skip
         yield from bar("ahead of indexing, PyTorch and Triton", 1.0,
                        [r for row in rows for r in rivals(row, "indexing", "torch", "triton")])  # fmt: skip
-        yield from bar("a graph of one append of 64 tokens within 1.3 of one of an empty kernel (as its inverse)", 1 / 1.3,
+        yield from bar("a graph of one append of 64 tokens within 1.3 of an empty kernel's (as its inverse)", 1 / 1.3,
                        [(row.alone[EMPTY] / row.alone[OURS], row.case.label) for row in rows
                         if row.case.tokens == 64 and row.alone])  # fmt: skip
         yield from bar("an eager call within 2.0 of a bare launch (as its inverse)", 1 / 2.0,

@@ -15,7 +15,6 @@ from cupy_pagedkv.devices.cuda_backend import CudaBackend
 
 from .cases import FLOOR, OURS, Call, Case, Problem, contenders, torch
 
-
 BARE, EMPTY = "bare launch", "empty kernel"
 
 
