@@ -196,7 +196,8 @@ __device__ __forceinline__ void products(
     Accumulator (&s)[SCORE_TILES], const Shared& shared, int stage, const Places&, const char*, int)
 {
     const Chunk* keys = &shared.k[stage][column_warp() * (8 * SCORE_TILES) * K_CHUNKS];
-#pragma unroll 2
+    // For sm_100 and sm_120, registers of 64 rows would not do for more than two.
+#pragma unroll(K_CHUNKS <= 16 && (ROWS == 16 || __CUDA_ARCH__ < 1000) ? 4 : 2)
     for (int chunk = 0; chunk + 4 <= K_CHUNKS; chunk += 4) {
         const FragmentA low = of_rows<K_CHUNKS>(shared.query, chunk), high = of_rows<K_CHUNKS>(shared.query, chunk + 2);
 #pragma unroll
@@ -321,7 +322,36 @@ template <bool> __device__ __forceinline__ void fetch(Shared&, int, const Places
 constexpr int K_WIDTH = ACCESS / sizeof(Bits);
 constexpr int V_WIDTH = ACCESS >= 2 * sizeof(Bits) ? 2 : 1;
 
-// Of the warp's rows those that there are: 8 or 16. Enough loads are on their way before the first of them is needed.
+// Of the query: as many elements as an access of K has.
+struct alignas(K_WIDTH < 4 ? 4 * K_WIDTH : 16) Floats {
+    float x[K_WIDTH];
+};
+
+// HALVES: 1 where the warp has no more than 8 rows. Of what a decoding sequence needs, many loads are on their way before
+// the first of them is waited for.
+template <int HALVES>
+__device__ __forceinline__ void products_of(Accumulator (&s)[SCORE_TILES], const Shared& shared,
+                                            const Bits* const (&keys)[SCORE_TILES][2])
+{
+#pragma unroll(SCORE_TILES == 1 ? 8 : 1)
+    for (int d = 0; d < HEAD_DIM; d += K_WIDTH) {
+        Elements<K_WIDTH> k[SCORE_TILES][2];
+        Floats q[HALVES];
+#pragma unroll
+        for (int n = 0; n < SCORE_TILES; ++n)
+#pragma unroll
+            for (int j = 0; j < 2; ++j) k[n][j] = keys[n][j] ? *(const Elements<K_WIDTH>*)(keys[n][j] + d) : Elements<K_WIDTH>{};
+#pragma unroll
+        for (int half = 0; half < HALVES; ++half) q[half] = *(const Floats*)&shared.query[Accumulator::row(2 * half)][d];
+#pragma unroll
+        for (int e = 0; e < K_WIDTH; ++e)
+#pragma unroll
+            for (int i = 0; i < 2 * HALVES; ++i)
+#pragma unroll
+                for (int n = 0; n < SCORE_TILES; ++n)
+                    s[n].x[i] = __fmaf_rn(q[i / 2].x[e], ELEMENT::get(k[n][i % 2].x[e]), s[n].x[i]);
+    }
+}
 __device__ __forceinline__ void products(Accumulator (&s)[SCORE_TILES], const Shared& shared, int, const Places& places,
                                          const char* k_pool, int num_rows)
 {
@@ -333,53 +363,56 @@ __device__ __forceinline__ void products(Accumulator (&s)[SCORE_TILES], const Sh
             const long long place = places.k[8 * (column_warp() * SCORE_TILES + n) + Accumulator::column(j)];
             keys[n][j] = place == NOWHERE ? nullptr : (const Bits*)(k_pool + place);
         }
-#pragma unroll(SCORE_TILES == 1 ? 4 : 1)
-    for (int d = 0; d < HEAD_DIM; d += K_WIDTH) {
-        Elements<K_WIDTH> k[SCORE_TILES][2];
+    if (num_rows <= 8)
+        products_of<1>(s, shared, keys);
+    else
+        products_of<2>(s, shared, keys);
+}
+
+template <int HALVES>
+__device__ __forceinline__ void add_values(Accumulator (&o)[VALUE_TILES], const Shared& shared, const Places& places,
+                                           const char* v_pool, int first, bool same)
+{
+    constexpr int BATCH = VALUE_TILES <= 4 ? 8 : 1;
+    const int part = blockIdx.y % ((V_DIM + V_PART - 1) / V_PART) * V_PART;
+    for (int begin = 0; begin < TILE; begin += BATCH) {
+        Elements<V_WIDTH> v[BATCH][VALUE_TILES][2 / V_WIDTH];
 #pragma unroll
-        for (int n = 0; n < SCORE_TILES; ++n)
+        for (int b = 0; b < BATCH; ++b) {
+            const long long place = places.v[begin + b];
 #pragma unroll
-            for (int j = 0; j < 2; ++j) k[n][j] = keys[n][j] ? *(const Elements<K_WIDTH>*)(keys[n][j] + d) : Elements<K_WIDTH>{};
+            for (int n = 0; n < VALUE_TILES; ++n)
 #pragma unroll
-        for (int e = 0; e < K_WIDTH; ++e)
+                for (int j = 0; j < 2 / V_WIDTH; ++j) {
+                    const int column = part + 8 * (column_warp() * VALUE_TILES + n) + Accumulator::column(j * V_WIDTH);
+                    const bool there = place != NOWHERE && column < V_DIM;
+                    v[b][n][j] = there ? *(const Elements<V_WIDTH>*)((const Bits*)(v_pool + place) + column) : Elements<V_WIDTH>{};
+                }
+        }
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                if (8 * (i / 2) >= num_rows) break;
-                const float q = shared.query[Accumulator::row(i)][d + e];
+        for (int b = 0; b < BATCH; ++b)
 #pragma unroll
-                for (int n = 0; n < SCORE_TILES; ++n)
-                    s[n].x[i] = __fmaf_rn(q, ELEMENT::get(k[n][i % 2].x[e]), s[n].x[i]);
+            for (int half = 0; half < HALVES; ++half) {
+                const int row = Accumulator::row(2 * half);
+                if (!same && !shared.rows[row].sees.has(first + begin + b)) continue;
+                const float weight = shared.weights[row][begin + b];
+#pragma unroll
+                for (int n = 0; n < VALUE_TILES; ++n)
+#pragma unroll
+                    for (int j = 0; j < 2; ++j)
+                        o[n].x[2 * half + j] = __fmaf_rn(weight, ELEMENT::get(v[b][n][j / V_WIDTH].x[j % V_WIDTH]), o[n].x[2 * half + j]);
             }
     }
 }
 
+// `same`: all rows see all positions that any of them sees, and the others are zeros.
 __device__ __forceinline__ void values(Accumulator (&o)[VALUE_TILES], const Shared& shared, int, const Places& places,
-                                       const char* v_pool, int num_rows, int first, bool)
+                                       const char* v_pool, int num_rows, int first, bool same)
 {
-    const int part = blockIdx.y % ((V_DIM + V_PART - 1) / V_PART) * V_PART;
-#pragma unroll(VALUE_TILES <= 4 ? 4 : 1)
-    for (int p = 0; p < TILE; ++p) {
-        const long long place = places.v[p];
-        Elements<V_WIDTH> v[VALUE_TILES][2 / V_WIDTH];
-#pragma unroll
-        for (int n = 0; n < VALUE_TILES; ++n)
-#pragma unroll
-            for (int j = 0; j < 2; j += V_WIDTH) {
-                const int column = part + 8 * (column_warp() * VALUE_TILES + n) + Accumulator::column(j);
-                const bool there = place != NOWHERE && column < V_DIM;
-                v[n][j / V_WIDTH] = there ? *(const Elements<V_WIDTH>*)((const Bits*)(v_pool + place) + column) : Elements<V_WIDTH>{};
-            }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if (8 * (i / 2) >= num_rows) break;
-            const int row = Accumulator::row(i);
-            if (!shared.rows[row].sees.has(first + p)) continue;
-            const float weight = shared.weights[row][p];
-#pragma unroll
-            for (int n = 0; n < VALUE_TILES; ++n)
-                o[n].x[i] = __fmaf_rn(weight, ELEMENT::get(v[n][i % 2 / V_WIDTH].x[i % 2 % V_WIDTH]), o[n].x[i]);
-        }
-    }
+    if (num_rows <= 8)
+        add_values<1>(o, shared, places, v_pool, first, same);
+    else
+        add_values<2>(o, shared, places, v_pool, first, same);
 }
 
 #endif
@@ -548,14 +581,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROWS == 16 && V_PART <= 25
 #pragma unroll
     for (int i = 0, t = tile; i <= STAGES; ++i, t = next(t)) blocks[i] = block_of(t);
     TABLE_T block_ahead = blocks[STAGES];
-    bool whole[STAGES];
-#pragma unroll
-    for (int i = 0; i < STAGES; ++i, ahead = next(ahead)) whole[i] = put_places(shared.places[i], ahead, blocks[i]);
-#pragma unroll
-    for (int i = 0; i < STAGES; ++i) {
-        whole[i] = __syncthreads_and(whole[i]);
-        begin_fetch(i, shared.places[i], whole[i]);
-    }
+    __syncthreads();  // shared.rows is there
     constexpr int QUERY_BATCH = 4;
     for (int first = threadIdx.x * QUERY_WIDTH; first < ROWS * HEAD_DIM; first += QUERY_BATCH * THREADS * QUERY_WIDTH) {
         Elements<QUERY_WIDTH> elements[QUERY_BATCH] = {};
@@ -573,6 +599,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROWS == 16 && V_PART <= 25
             if (i < ROWS * HEAD_DIM) shared.put_query(i / HEAD_DIM, i % HEAD_DIM, elements[j]);
         }
     }
+    bool whole[STAGES];
+#pragma unroll
+    for (int i = 0; i < STAGES; ++i, ahead = next(ahead)) whole[i] = put_places(shared.places[i], ahead, blocks[i]);
+#pragma unroll
+    for (int i = 0; i < STAGES; ++i) {
+        whole[i] = __syncthreads_and(whole[i]);
+        begin_fetch(i, shared.places[i], whole[i]);
+    }
 
     const Scoring scoring{inner, outer, alibi_slopes != nullptr};
     const int rows_of_warp = (int)min(num_rows - first_row, (long long)ROWS) - first_row_of_warp();  // or more than it has
@@ -582,14 +616,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROWS == 16 && V_PART <= 25
         const int stage = i % STAGES, first = tile * TILE;
         const Places &here = shared.places[i % 2], &next_places = shared.places[(i + STAGES) % 2];
         cp_async_wait<STAGES - 1>();
-        __syncthreads();  // the tile is there, and so is, at first, the query
+        __syncthreads();  // the tile is there
         const bool there = put_places(shared.places[(i + STAGES) % 2], ahead, block_ahead);
         block_ahead = block_of(next(ahead));
 
         Accumulator s[SCORE_TILES];
         products(s, shared, stage, here, k_pool, rows_of_warp);
-        const bool seen = all.covers(first, first + TILE);
-        if (seen && !SOFTCAP && !scoring.slopes) {
+        if (all.covers(first, first + TILE) && !SOFTCAP && !scoring.slopes) {
 #pragma unroll
             for (int n = 0; n < SCORE_TILES; ++n)
 #pragma unroll
@@ -597,11 +630,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROWS == 16 && V_PART <= 25
         } else {
 #pragma unroll
             for (int l = 0; l < 4; ++l) {
-                const Row row = shared.rows[Accumulator::row(l)];
+                const Row& row = shared.rows[Accumulator::row(l)];
 #pragma unroll
                 for (int n = 0; n < SCORE_TILES; ++n) {
                     const int p = first + 8 * (column_warp() * SCORE_TILES + n) + Accumulator::column(l);
-                    s[n].x[l] = seen || row.sees.has(p) ? scoring(s[n].x[l], row, p) : -INF;
+                    const float score = scoring(s[n].x[l], row, p);  // whether or not: a branch would take longer
+                    s[n].x[l] = row.sees.has(p) ? score : -INF;
                 }
             }
         }
