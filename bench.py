@@ -8,6 +8,7 @@
     python bench.py hf                          generate of a Hugging Face model, where transformers is installed
     python bench.py tiers                       host memory as a second tier, real traffic over both, and files
     python bench.py mpi                         between two ranks, which it launches, where mpi4py is installed
+    python bench.py counters                    what Nsight Compute counts, against what the emulated device says
     python bench.py --kernels                   what the compiler makes of the kernels and what they move, with no GPU
 
 PyTorch, Triton and xxhash compete where they are installed. What is measured, and how, is in benchmarks/.
@@ -25,8 +26,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from benchmarks import counters, tiers
 from benchmarks import mpi as ranks
-from benchmarks import tiers
 from benchmarks.attention import cases as attention_cases
 from benchmarks.attention import measure_attention
 from benchmarks.cases import BLOCK_SIZE, OPERATIONS, SHAPES, TOKENS, Case
@@ -51,7 +52,8 @@ from cupy_pagedkv.devices.cuda_backend import CudaBackend
 from cupy_pagedkv.emulator import nvrtc
 from cupy_pagedkv.replay.report import Report
 
-MANAGER, ATTENTION, HF, TIERS, MPI = "manager", "attention", "hf", "tiers", "mpi"
+MANAGER, ATTENTION, HF, TIERS, MPI, COUNTERS = "manager", "attention", "hf", "tiers", "mpi", "counters"
+OTHERS = (MANAGER, ATTENTION, HF, TIERS, MPI, COUNTERS)
 
 T = TypeVar("T")
 
@@ -62,8 +64,8 @@ def parser_of_arguments() -> argparse.ArgumentParser:
     add(
         "kernel",
         nargs="?",
-        choices=(*KERNELS, MANAGER, ATTENTION, HF, TIERS, MPI),
-        help="only what runs this kernel, or the bookkeeping; nothing else runs attention, generate, tiers or ranks",
+        choices=(*KERNELS, *OTHERS),
+        help="only what runs this kernel, or the bookkeeping; nothing else runs the others",
     )
     add("--device", choices=["cpu", "cuda"], help="by default a GPU where there is one")
     add("--only", nargs="+", default=[], metavar="TEXT", help="rows with all of these words in their name, such as "
@@ -162,10 +164,24 @@ def run_mpi(parser: argparse.ArgumentParser, options: argparse.Namespace, place:
     return 0
 
 
+def run_counters(parser: argparse.ArgumentParser, options: argparse.Namespace, place: Any, xp: Any) -> int:
+    if place.name != "cuda" or counters.NCU is None:
+        parser.error("counters are a GPU's, which ncu of Nsight Compute reads: there has to be both")
+    facts = machine(place.name, xp)
+    print(", ".join(f"{name} {fact}" for name, fact in facts.items()) + "\n")
+    comparisons = list(counters.compared(counters.counted()))
+    for line in counters.counter_lines(comparisons):
+        print(line)
+    if options.json:
+        measurements = [asdict(each) for each in comparisons]
+        Path(options.json).write_text(json.dumps({"machine": facts, COUNTERS: measurements}, indent=1))
+    return 0
+
+
 def main() -> int:
     parser = parser_of_arguments()
     options = parser.parse_args()
-    if (options.watch or options.kernels) and options.kernel in (MANAGER, ATTENTION, HF, TIERS, MPI):
+    if (options.watch or options.kernels) and options.kernel in OTHERS:
         parser.error(f"{options.kernel} is no kernel")
     if options.watch and options.kernel is None:
         parser.error(f"--watch needs the kernel: {' or '.join(KERNELS)}")
@@ -192,7 +208,7 @@ def main() -> int:
                 print(line, flush=True)
         return failed
 
-    if options.only and options.kernel in (HF, TIERS, MPI):
+    if options.only and options.kernel in (HF, TIERS, MPI, COUNTERS):
         parser.error(f"{options.kernel} has no rows to choose from by --only")
     if place.name != "numpy" and options.kernel in (HF, MPI):
         parser.error(f"{options.kernel} measures on the host, got {place.name}: --device cpu")
@@ -204,6 +220,8 @@ def main() -> int:
         return run_tiers(options, place.name, xp)
     if options.kernel == MPI:
         return run_mpi(parser, options, place)
+    if options.kernel == COUNTERS:
+        return run_counters(parser, options, place, xp)
 
     cases = [
         Case(operation, *shape, tokens)

@@ -120,9 +120,11 @@ def test_memcpy_reads_and_writes_at_one_place_and_each_lane_as_much_as_it_likes(
         ("__shared__ float s[64]; s[2 * i] = x[i];", SharedTraffic(1, 2, 1)),
         ("__shared__ float s[64]; s[i / 8] = 1;", SharedTraffic(1, 1, 1)),  # lanes at one word
         ("__shared__ char s[32]; s[i] = 1;", SharedTraffic(1, 1, 1)),
-        ("__shared__ double s[32]; s[i] = 1;", SharedTraffic(1, 2, 2)),  # half a warp at a time
+        ("__shared__ double s[32]; s[i] = 1;", SharedTraffic(1, 2, 2)),
+        ("__shared__ double s[32]; s[i / 16 * 0] = 1;", SharedTraffic(1, 1, 1)),
+        ("__shared__ double s[32]; s[i / 2] = 1;", SharedTraffic(1, 1, 1)),  # as an H100 counts: not half a warp at a time
         ("__shared__ double s[64]; s[2 * i] = 1;", SharedTraffic(1, 4, 2)),
-        ("__shared__ float4 s[32]; s[i] = *(const float4*)x;", SharedTraffic(1, 4, 4)),  # a quarter at a time
+        ("__shared__ float4 s[32]; s[i] = *(const float4*)x;", SharedTraffic(1, 4, 4)),
         ("__shared__ float4 s[32]; if (i < 8) s[i] = *(const float4*)x;", SharedTraffic(1, 1, 1)),
         ("__shared__ float4 s[64]; s[2 * i] = *(const float4*)x;", SharedTraffic(1, 8, 4)),
         ("__shared__ float4 s[32]; cp_async<16>(s + (i ^ i / 8), x + 4 * i); cp_async_wait_all();", SharedTraffic(1, 4, 4)),

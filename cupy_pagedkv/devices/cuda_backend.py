@@ -596,8 +596,8 @@ class CudaBackend:
         arguments: tuple[Any, ...],
         slices: int = 1,
     ) -> None:
-        """Launch one warp for each slice, 32 * _UNROLL of the ``accesses`` of each unit, for K and for V, of each layer,
-        or for so many ``slices``, which a kernel must allow for, where that leaves a device full of blocks.
+        """Launch one warp for each slice, 32 * _UNROLL of the ``accesses`` of each unit, for K and V of each layer, or
+        for so many ``slices``, which a kernel must allow for, where that leaves a device full of blocks.
 
         ``units`` is at least 1: CuPy would launch an empty grid as one block. Arrays are passed as their address,
         which forgets strides, and so strides are arguments of their own; every ``int`` is an int64.

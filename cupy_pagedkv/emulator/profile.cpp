@@ -78,8 +78,9 @@ void Profile::request(const Event* begin, const Event* end)
     ++row.requests;
 
     if (array == SHARED_MEMORY) {
-        // An event of ldmatrix is a row of 16 bytes: eight, of eight lanes, are a matrix.
-        const unsigned together = begin->size <= 4 ? 32 : begin->size <= 8 ? 16 : 8;  // lanes
+        // A wavefront brings a word from each bank, to all lanes that want it, whatever their access's width: an H100 counts
+        // as many. An event of ldmatrix is a row of 16 bytes: eight, of eight lanes, are a matrix, which comes on its own.
+        const unsigned together = begin->touch & MATRIX ? 8 : 32;  // lanes
         std::vector<std::uintptr_t> words;
         for (unsigned first = 0; first < 32; first += together) {
             words.clear();
@@ -92,7 +93,7 @@ void Profile::request(const Event* begin, const Event* end)
             unsigned banks[32] = {}, most = 0;
             for (const std::uintptr_t word : words) most = std::max(most, ++banks[word % 32]);
             row.wavefronts += most;
-            row.least += 1;
+            row.least += (words.size() + 31) / 32;
         }
         return;
     }
