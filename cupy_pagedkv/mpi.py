@@ -833,7 +833,7 @@ class _Link:
         """Of words in one direction, or of data; as long as there is no number, of offers."""
         if self._number is None:
             return _OFFERS
-        most: Any = self.comm.Get_attr(MPI.TAG_UB)
+        most: Any = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)  # others need not have it, and have not in Open MPI
         return _OFFERS + 1 + 3 * (self._number % ((int(most) - _OFFERS) // 3)) + of
 
     def say(self, kind: int, body: bytes = b"") -> None:
