@@ -14,6 +14,13 @@ import pytest
 
 BESIDE = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
 MPIEXEC = shutil.which("mpiexec", path=BESIDE)
+ENVIRONMENT = {
+    **os.environ,
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",  # Open MPI wants to be told twice that root may run it, as in a container
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",  # and of more ranks than cores: Open MPI 4, and then 5
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
 
 if importlib.util.find_spec("mpi4py") is None:
     pytest.skip("mpi4py is not installed: pip install -e '.[mpi]'", allow_module_level=True)
@@ -27,7 +34,7 @@ def launch(ranks: int, *names: str) -> str:
     if names[0] in mpi_ranks.DEADLY:  # the launcher must not see a rank die, lest it ends the other
         rank = ["sh", "-c", '"$0" "$@"; sleep 3', *rank]
     command = [str(MPIEXEC), "-n", str(ranks), *rank]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUPY_PAGEDKV_DEBUG": "1"}
+    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1", "CUPY_PAGEDKV_DEBUG": "1"}
     done = subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=120
     )
@@ -62,5 +69,5 @@ def test_the_example_of_the_page_prints_what_stands_below_it(tmp_path, page):
     script = tmp_path / "prefill_decode.py"
     script.write_text(source)
     command = [str(MPIEXEC), "-n", "2", sys.executable, "-W", "error", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == output
