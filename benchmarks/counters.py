@@ -40,8 +40,7 @@ def emulated() -> Iterator[tuple[str, LaunchProfile]]:
 
 
 def _wavefronts(launch: LaunchProfile, writes: bool) -> int:
-    of_lines = (line.shared.wavefronts for line in launch.lines if line.argument is None and line.writes == writes)
-    return sum(of_lines) + (0 if writes else launch.matrices.wavefronts)
+    return sum(line.shared.wavefronts for line in launch.lines if line.writes == writes)
 
 
 _OF_GLOBAL = "l1tex__t_{}_pipe_lsu_mem_global_op_{}.sum"  # asynchronous copies are loads here

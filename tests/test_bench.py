@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import attention, cases, chores, emulation, kernels, mpi, output, tiers, timing, traffic
+from benchmarks import attention, cases, chores, counters, emulation, kernels, mpi, output, tiers, timing, traffic
 from cupy_pagedkv.caches.sequence import CachedSequence
 from cupy_pagedkv.devices.emulated_backend import EmulatedBackend
 from cupy_pagedkv.emulator import CompileError, RawKernel
@@ -359,6 +359,66 @@ def test_bars_of_ranks():
     assert missed == "MISSED a >= 0.7 of MPI's own: in 0 of 1; the least is 0.69, a"
 
 
+class Ncu:
+    """In the place of Nsight Compute, which needs a GPU: counts what it is told, and makes no launch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.counts = folder / "counts.json"
+        self.program = folder / "ncu"
+        self.program.write_text(f"""#!{sys.executable}
+import csv, json, sys
+counts = json.load(open({str(self.counts)!r}))
+options = dict(option[2:].split("=", 1) for option in sys.argv[1:] if option.startswith("--") and "=" in option)
+with open(options["log-file"], "w") as log:
+    print("==PROF== Connected", file=log)
+    metrics = options["metrics"].split(",")
+    rows = csv.writer(log, quoting=csv.QUOTE_ALL)
+    rows.writerows([["Kernel Name", *metrics], ["", *metrics]])
+    for launch in counts:
+        rows.writerow([launch["kernel"], *(f"{{launch[metric]:,}}" for metric in metrics)])
+sys.exit(0 if counts else "no counters for you")
+""")
+        self.program.chmod(0o755)
+
+
+def test_counters_of_a_gpu_against_the_emulated_device(monkeypatch, tmp_path):
+    def one_launch(xp: Any) -> Iterator[str]:
+        traffic.launch("gather_cache", (8, 46, "float16"), xp=xp)
+        yield "gather 8x46"
+
+    ncu = Ncu(tmp_path)
+    monkeypatch.setattr(counters, "NCU", str(ncu.program))
+    monkeypatch.setattr(counters, "each_launch", one_launch)
+    [(label, profile)] = counters.emulated()
+    assert label == "gather 8x46, gather_cache"
+    of_shared = dict.fromkeys((False, True), 0)
+    for line in profile.lines:
+        of_shared[line.writes] += line.shared.wavefronts
+    counts = {
+        "l1tex__t_sectors_pipe_lsu_mem_global_op_ld.sum": profile.read.sectors,
+        "l1tex__t_requests_pipe_lsu_mem_global_op_ld.sum": profile.read.requests,
+        "l1tex__t_sectors_pipe_lsu_mem_global_op_st.sum": 2 * profile.written.sectors,
+        "l1tex__t_requests_pipe_lsu_mem_global_op_st.sum": profile.written.requests,
+        "l1tex__data_pipe_lsu_wavefronts_mem_shared_op_ld.sum": of_shared[False] + 1,
+        "l1tex__data_pipe_lsu_wavefronts_mem_shared_op_st.sum": of_shared[True] - 7,
+        "smsp__sass_l1tex_data_pipe_lsu_wavefronts_mem_shared_op_ldgsts.sum": 7,
+        "smsp__inst_executed_op_ldsm.sum": 0,
+    }
+    ncu.counts.write_text(json.dumps([{"kernel": "gather_cache", **counts}]))
+    assert list(counters.counter_lines(counters.compared(counters.counted()))) == [
+        "sectors read: equal in 1 of 1 launches, within 1% in 1",
+        "requests to read: equal in 1 of 1 launches, within 1% in 1",
+        "sectors written: equal in 0 of 1 launches, within 1% in 0",
+        f"  gather 8x46, gather_cache: {profile.written.sectors:,}, counted {2 * profile.written.sectors:,}: 0.500",
+        "requests to write: equal in 1 of 1 launches, within 1% in 1",
+        "shared memory read, wavefronts: equal in 0 of 1 launches, within 1% in 1",
+        "shared memory written, wavefronts: equal in 1 of 1 launches, within 1% in 1",
+    ]
+    ncu.counts.write_text("[]")
+    with pytest.raises(RuntimeError, match="ncu failed: .* no counters for you"):
+        counters.counted()
+
+
 def test_rows_that_do_not_exist_are_refused():
     command = [sys.executable, str(ROOT / "bench.py"), "--device=cpu", "--only", "gather", "9x9"]
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -382,6 +442,8 @@ def test_rows_that_do_not_exist_are_refused():
         (["hf", "--only", "8x128"], "hf has no rows to choose from by --only"),
         (["mpi", "--watch"], "mpi is no kernel"),
         (["mpi", "--only", "8x128"], "mpi has no rows to choose from by --only"),
+        (["counters", "--watch"], "counters is no kernel"),
+        (["counters"], "counters are a GPU's, which ncu of Nsight Compute reads: there has to be both"),
     ],
 )
 def test_what_cannot_be_run_is_known_at_once(arguments, message):
