@@ -231,6 +231,17 @@ def test_over_a_warp(kernel_device, rng):
     assert got.tolist() == [*warps.sum(1).repeat(32), *warps.max(1).repeat(32)]
 
 
+@pytest.mark.parametrize("type_", ["unsigned char", "unsigned short", "unsigned", "uint2", "uint4"])
+def test_loads_that_are_not_put_off(kernel_device, rng, type_):
+    """All bytes come, from where they lie, and no others."""
+    x = rng.integers(0, 256, 34 * 16, np.uint8)
+    body = f"load_now((({type_}*)y)[threadIdx.x], (const {type_}*)x + 1 + threadIdx.x);"
+    _, got = run(kernel_device, body, "const unsigned char* x, unsigned char* y", x, np.zeros(32 * 16, np.uint8))
+    size = {"unsigned char": 1, "unsigned short": 2, "unsigned": 4, "uint2": 8, "uint4": 16}[type_]
+    assert np.array_equal(got[: 32 * size], x[size : 33 * size])
+    assert not got[32 * size :].any()
+
+
 EVERYTHING = """
 extern "C" __global__ void f(float* y, const unsigned* x) {
     extern __shared__ __align__(16) unsigned char s[];
@@ -246,6 +257,10 @@ extern "C" __global__ void f(float* y, const unsigned* x) {
     d[0] += f16_to_f32(c[0]) + bf16_to_f32(f32_to_bf16(d[1])) + f32_to_f16(d[2]) + f32x2_to_f16x2(d[0], d[1])
         + f32x2_to_bf16x2(d[2], d[3]) + ex2_approx(d[3]) + tanh_approx(d[0]);
     y[threadIdx.x] = warp_sum(d[0]) + warp_max(d[1]);
+    uint4 e; uint2 g; unsigned short h; unsigned char i;
+    load_now(e, (const uint4*)x); load_now(g, (const uint2*)x); load_now(c[0], x); load_now(h, (const unsigned short*)x);
+    load_now(i, (const unsigned char*)x);
+    y[0] += e.x + e.w + g.y + c[0] + h + i;
 }
 """
 
