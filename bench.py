@@ -65,7 +65,7 @@ def parser_of_arguments() -> argparse.ArgumentParser:
         "kernel",
         nargs="?",
         choices=(*KERNELS, *OTHERS),
-        help="only what runs this kernel, or the bookkeeping; nothing else runs the others",
+        help="only what runs this kernel, or the bookkeeping; the others run only when they are named",
     )
     add("--device", choices=["cpu", "cuda"], help="by default a GPU where there is one")
     add("--only", nargs="+", default=[], metavar="TEXT", help="rows with all of these words in their name, such as "
@@ -169,7 +169,12 @@ def run_counters(parser: argparse.ArgumentParser, options: argparse.Namespace, p
         parser.error("counters are a GPU's, which ncu of Nsight Compute reads: there has to be both")
     facts = machine(place.name, xp)
     print(", ".join(f"{name} {fact}" for name, fact in facts.items()) + "\n")
-    comparisons = list(counters.compared(counters.counted()))
+    gpu = xp.cuda.Device()
+    arch, processors = int(gpu.compute_capability), gpu.attributes["MultiProcessorCount"]
+    try:
+        comparisons = list(counters.compared(counters.counted(), arch, processors))
+    except (RuntimeError, ValueError) as error:
+        parser.error(str(error))
     for line in counters.counter_lines(comparisons):
         print(line)
     if options.json:

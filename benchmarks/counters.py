@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cupy_pagedkv.emulator import LaunchProfile, profile
+from cupy_pagedkv.emulator import LaunchProfile, emulate, profile
 
 from .cases import SHAPES
 from .kernels import ATTENTION, KERNELS, emulated_by
@@ -32,8 +32,11 @@ def each_launch(xp: Any) -> Iterator[str]:
         yield label
 
 
-def emulated() -> Iterator[tuple[str, LaunchProfile]]:
-    with emulated_by(FullSize()), profile() as launches:
+def emulated(arch: int, processors: int) -> Iterator[tuple[str, LaunchProfile]]:
+    """Launches as on ``sm_<arch>`` with so many multiprocessors: how they are made depends on both."""
+    device = FullSize()
+    device.processors = processors
+    with emulated_by(device), emulate(arch=arch), profile() as launches:
         for label in each_launch(np):
             yield from ((f"{label}, {each.kernel}", each) for each in launches)
             launches.clear()
@@ -89,8 +92,8 @@ def counted() -> list[dict[str, int]]:
     return [{metric: int(float(row[metric].replace(",", ""))) for metric in metrics} for row in rows]
 
 
-def compared(launches: list[dict[str, int]]) -> Iterator[Compared]:
-    for (label, of_launch), counters in zip(emulated(), launches, strict=True):
+def compared(launches: list[dict[str, int]], arch: int, processors: int) -> Iterator[Compared]:
+    for (label, of_launch), counters in zip(emulated(arch, processors), launches, strict=True):
         for counter, (metrics, count) in COUNTERS.items():
             yield Compared(label, counter, count(of_launch), sum(counters[metric] for metric in metrics))
 

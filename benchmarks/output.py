@@ -20,7 +20,7 @@ def table(rows: Iterable[Row]) -> Iterable[str]:
     rivals: list[str] = []
     for row in rows:
         if not rivals:
-            rivals = [name for name in row.seconds if name not in (OURS, FLOOR, EMPTY)]
+            rivals = [name for name in row.seconds if name not in (OURS, FLOOR)]
             titles = ["µs", "GB/s", "of copy", *(f"x {name}" for name in rivals)]
             titles += ["eager µs", "bare µs"] if row.eager else []
             yield f"{'operation':<15}{'shape':<16}{'tokens':>7}" + "".join(f"{title:>12}" for title in titles)
@@ -173,7 +173,7 @@ def plot(rows: Sequence[Row], path: str) -> None:
         for j, shape in enumerate(shapes):
             of_panel = [row for row in rows if (row.case.operation, row.case.shape) == (operation, shape)]
             panel = axes[i][j]
-            for name in [OURS, *(n for n in rows[0].seconds if n not in (OURS, FLOOR, EMPTY))]:
+            for name in [OURS, *(n for n in rows[0].seconds if n not in (OURS, FLOOR))]:
                 points = [(row.case.bytes, row.share_of_copy(name)) for row in of_panel if name in row.seconds]
                 panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name,
                            linewidth=2 if name == OURS else 1)  # fmt: skip

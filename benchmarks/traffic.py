@@ -23,8 +23,10 @@ NUM_BLOCKS = 256
 class FullSize(EmulatedBackend):
     """With as many multiprocessors as a GPU has: the launch code asks."""
 
+    processors = ARCHITECTURES[ARCH].multiprocessors
+
     def _count_processors(self, device: str) -> int:
-        return ARCHITECTURES[ARCH].multiprocessors
+        return self.processors
 
 
 def launch(kernel: str, shape: tuple[int, int, str], num_seqs: int = 16, seq_len: int = 128, xp: Any = np) -> None:

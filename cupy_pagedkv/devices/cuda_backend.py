@@ -32,7 +32,7 @@ _UNROLL = 8  # accesses of one thread, all loaded before the first is stored
 _MAX_BLOCK_BYTES = 2**30  # offsets inside a block are 32-bit in the kernels
 _LANE_BYTES = 2**24  # of each of two buffers on the way to the host, and of two on the way back
 _MAX_WARPS = 4  # of a thread block: the kernels' __launch_bounds__
-_FULL = 4  # thread blocks that a multiprocessor holds at once: the second of gather_cache's __launch_bounds__
+_BLOCKS_AT_ONCE = 4  # that a multiprocessor holds: the second of gather_cache's __launch_bounds__
 
 _INDICES = {
     "reshape_and_cache": ("SLOT_T",),
@@ -404,7 +404,7 @@ class CudaBackend:
         segments = min(num_rows, num_rows // layout.block_size + 2 * num_seqs)
         indices = (block_tables, *block_tables.strides, max_blocks, seq_lens, *seq_lens.strides, *starts, num_seqs)
         arguments = (*arrays, *plan.strides, *indices, num_rows, layout.num_blocks)
-        # Each block sums all lengths: for 32 of these, which a warp reads at once, a warp should copy a slice.
+        # Each block sums all lengths: the more of these there are, the more a warp should copy.
         slices = -(-num_seqs // 32)
         self._launch(plan.kernel, key, segments, layout.block_size * plan.row, layout.num_layers, arguments, slices)
 
@@ -596,8 +596,9 @@ class CudaBackend:
         arguments: tuple[Any, ...],
         slices: int = 1,
     ) -> None:
-        """Launch one warp for each slice, 32 * _UNROLL of the ``accesses`` of each unit, for K and V of each layer, or
-        for so many ``slices``, which a kernel must allow for, where that leaves a device full of blocks.
+        """Launch one warp for each slice, 32 * _UNROLL of the ``accesses`` of each unit, for K and V of each layer. Where
+        ``slices`` is more than 1, a warp gets as many, as long as the device is full of blocks: a kernel must allow for
+        that.
 
         ``units`` is at least 1: CuPy would launch an empty grid as one block. Arrays are passed as their address,
         which forgets strides, and so strides are arguments of their own; every ``int`` is an int64.
@@ -609,6 +610,6 @@ class CudaBackend:
         warps_of_block = min(max(1, warps * num_layers // processors), _MAX_WARPS)
         blocks = -(-warps // warps_of_block)
         if slices > 1:
-            blocks = min(blocks, max(1, processors * _FULL // (2 * num_layers), blocks // slices))
+            blocks = min(blocks, max(1, processors * _BLOCKS_AT_ONCE // (2 * num_layers), blocks // slices))
         with self.on(device):
             kernel((blocks, 2, num_layers), (32 * warps_of_block,), arguments)
