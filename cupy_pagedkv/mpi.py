@@ -29,9 +29,9 @@ A transfer, of which each message has a tag of its own::
 
     either one ── failed: why ──► the other, at any time
 
-Both poll: nobody waits for the other longer than ``timeout`` seconds without a sign of it. Whatever fails leaves manager
-and pool as they were, once MPI has let go of the memory: where a rank died in the middle of a large message it may not,
-and then the blocks of that sequence stay taken.
+Both poll: nobody waits for the other longer than ``timeout`` seconds without a sign of it. Whatever fails leaves
+manager and pool as they were, once MPI has let go of the memory: where a rank died in the middle of a large message it
+may not, and then the blocks of that sequence stay taken.
 """
 
 import functools

@@ -103,6 +103,8 @@ template <int CHUNKS> __device__ __forceinline__ int swizzled(int row, int chunk
 
 #if TENSOR
 
+constexpr bool SHORT_OF_REGISTERS = ROWS == 64 && __CUDA_ARCH__ >= 1000;  // for which compilers want more
+
 constexpr int K_CHUNKS = HEAD_DIM / 8, V_CHUNKS = V_IS_K ? K_CHUNKS : V_DIM / 8, WEIGHT_CHUNKS = TILE / 8;
 
 struct alignas(16) Chunk {
@@ -170,7 +172,7 @@ __device__ __forceinline__ void copy_chunk(Chunk* to, const char* from, bool the
 template <int CHUNKS, bool WHOLE>
 __device__ __forceinline__ void copy_tile(Chunk* to, const char* pool, const long long (&places)[TILE])
 {
-    constexpr int ALL = TILE * CHUNKS, BATCH = 8;
+    constexpr int ALL = TILE * CHUNKS, BATCH = ALL % THREADS ? 2 : 8;
 #pragma unroll 1
     for (int first = 0; first < ALL; first += BATCH * THREADS) {
         const auto exists = [&](int j) { return first + j * THREADS + (ALL % THREADS ? (int)threadIdx.x : 0) < ALL; };
@@ -200,9 +202,8 @@ __device__ __forceinline__ void products(
     Accumulator (&s)[SCORE_TILES], const Shared& shared, int stage, const Places&, const char*, int)
 {
     const Chunk* keys = &shared.k[stage][column_warp() * (8 * SCORE_TILES) * K_CHUNKS];
-    // A head_dim of 128 as a whole, so that the places of chunks are constants: on an H100 4% of prefill. More at once, or for
-    // sm_100 and sm_120 with 64 rows, and the registers would not do.
-#pragma unroll(K_CHUNKS <= 16 && (ROWS == 16 || __CUDA_ARCH__ < 1000) ? 4 : 2)
+    // A head_dim of 128 as a whole, so that the places of chunks are constants: on an H100 4% of prefill.
+#pragma unroll(SHORT_OF_REGISTERS ? 1 : K_CHUNKS <= 16 ? 4 : 2)
     for (int chunk = 0; chunk + 4 <= K_CHUNKS; chunk += 4) {
         const FragmentA low = of_rows<K_CHUNKS>(shared.query, chunk), high = of_rows<K_CHUNKS>(shared.query, chunk + 2);
 #pragma unroll
@@ -245,7 +246,7 @@ __device__ __forceinline__ bool all_finite(const Shared& shared, int stage)
 
 // o += weights V, for the warp's rows and columns. Unless SIFTED, 0 * NaN would put into a row what it does not see.
 constexpr bool FULL = COLUMN_WARPS * VALUE_TILES == V_DIM / 8;  // each warp has all of its columns
-template <bool SIFTED, int AT_ONCE = FULL && VALUE_TILES % 2 == 0 ? 2 : 1>
+template <bool SIFTED, int AT_ONCE = FULL && VALUE_TILES % 2 == 0 && !SHORT_OF_REGISTERS ? 2 : 1>
 __device__ __forceinline__ void add_values(Accumulator (&o)[VALUE_TILES], const Shared& shared, int stage)
 {
 #pragma unroll
@@ -503,7 +504,7 @@ __device__ __forceinline__ void add_shares(float (&totals)[2], const Sums& sums,
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, ROWS == 16 && V_PART <= 256 ? 3 : 1) paged_attention(
+extern "C" __global__ void __launch_bounds__(THREADS, ROWS == 16 && V_PART <= (TENSOR ? 256 : 128) ? 3 : 1) paged_attention(
     const char* query, long long query_token, long long query_head, long long query_dim,
     const char* k_cache, long long k_block, long long k_slot, long long k_head,
     const char* v_cache, long long v_block, long long v_slot, long long v_head, long long num_blocks,

@@ -77,7 +77,7 @@ SUMS = "before.rows[threadIdx.x + 1] = rows;\n    if (threadIdx.x == 0) before.s
         ("reshape_and_cache", "slot % BLOCK_SIZE * slot_stride", "slot % BLOCK_SIZE * block_stride",
          "race|past the end"),
         ("gather_cache", "if (first + u * 32 < end) *", "if (first + u * 32 <= end) *", "race|past the end"),
-        ("gather_cache", "if (first + u * 32 < end) acc", "if (first + u * 32 <= end) acc", "past the end"),
+        ("gather_cache", "if (first + u * 32 < end) load", "if (first + u * 32 <= end) load", "past the end"),
         ("gather_cache", "segment.row * token_stride", "segment.row * head_stride", "race"),
         ("gather_cache", "segment.offset * slot_stride, slot_stride", "0, block_stride", "past the end"),
         ("gather_cache", "if (slice >= end) return;", "", "past the end"),
@@ -97,75 +97,58 @@ def test_a_planted_fault_is_found(kernel, good, bad, message):
     assert f"{kernel}: kernels/" in str(error.value)
 
 
-ARRIVED = "__syncthreads();  // the tile is there, and so is, at first, the query\n"
-USED = "__syncthreads();  // nobody needs the tile any more\n"
-PROLOGUE = "look_up(shared.places[i % 2], ahead);\n        __syncthreads();"
+NOT_WRITTEN = "race|no thread of the block has written"
+OUTSIDE = "past the end|before the beginning"
+WHOLE = "__syncthreads_and(whole[i])"
+PLACE = "there ? block * {0}_block + slot * {0}_slot"
 
 
 @pytest.mark.parametrize(
     ("kernel", "good", "bad", "message"),
     [
-        ("paged_attention", ARRIVED, "\n", "race|no thread of the block has written|waited for"),
-        ("paged_attention", USED, "\n", "race|in flight|waited for"),
-        (
-            "paged_attention",
-            PROLOGUE,
-            PROLOGUE.replace("__syncthreads();", ""),
-            "race|no thread of the block has written",
-        ),
-        ("paged_attention", "most;\n        }\n    __syncthreads();", "most;\n        }", "race|no thread"),
-        ("paged_attention", "before);\n        }\n    __syncthreads();", "before);\n        }", "race|no thread"),
+        ("paged_attention", "__syncthreads();  // the tile is there\n", "\n", f"{NOT_WRITTEN}|waited for"),
+        ("paged_attention", "__syncthreads_and(there)", "there", "race|in flight|waited for"),
+        ("paged_attention", "__syncthreads();  // shared.rows is there\n", "\n", NOT_WRITTEN),
+        ("paged_attention", WHOLE, "whole[i]", NOT_WRITTEN),
+        ("paged_attention", "if constexpr (COLUMN_WARPS > 1) __syncthreads();", "", NOT_WRITTEN),
+        ("paged_attention", "before);\n    }\n    sync_rows();", "before);\n    }", NOT_WRITTEN),
         ("paged_attention", "cp_async_wait<STAGES - 1>();", "cp_async_wait<STAGES>();", "waited for"),
-        ("paged_attention", "if (any.has(p)) {", "if (any.first <= p) {", "past the end|before the beginning"),
-        (
-            "paged_attention",
-            "block * k_block + p % BLOCK_SIZE * k_slot",
-            "block * k_block * 2",
-            "past the end|before the beginning",
-        ),
-        (
-            "paged_attention",
-            "block * v_block + p % BLOCK_SIZE * v_slot",
-            "block * v_block * 2",
-            "past the end|before the beginning",
-        ),
-        ("paged_attention", "i < TILE * CHUNKS", "i <= TILE * CHUNKS", "race|shared|in flight"),
+        ("paged_attention", "any.has(position(tile))", "any.first <= position(tile)", OUTSIDE),
+        ("paged_attention", PLACE.format("k"), "there ? block * k_block * 2", OUTSIDE),
+        ("paged_attention", PLACE.format("v"), "there ? block * v_block * 2", OUTSIDE),
+        ("paged_attention", "(int)threadIdx.x : 0) < ALL", "(int)threadIdx.x : 0) <= ALL", "race|is to arrive"),
         ("paged_attention", "if (row.token < 0) continue;", "", "race|before the beginning of an array"),
         ("merge_splits", "column >= V_DIM", "column > V_DIM", "race|past the end"),
-        (
-            "merge_splits",
-            "scratch + row * (V_DIM + 2)",
-            "scratch + row * (V_DIM + 9999)",
-            "past the end|before the beginning",
-        ),
+        ("merge_splits", "blockIdx.x * (V_DIM + 2LL)", "blockIdx.x * (V_DIM + 9999LL)", OUTSIDE),
     ],
-)
+)  # fmt: skip
 def test_a_fault_planted_in_attention_is_found(kernel, good, bad, message):
     with pytest.raises(KernelError, match=message) as error:
         launch(kernel, good, bad)
     assert f"{kernel}: kernels/" in str(error.value)
 
 
-LOST = "= total;\n        }\n    __syncthreads();"
-COMMITTED = "k_pool, v_pool);\n        cp_async_commit();\n\n"
+LOST = "= sum;\n        }\n    sync_rows();"
+COMMITTED = "k_pool, v_pool);\n        cp_async_commit();\n"
 
 
 @pytest.mark.parametrize(
     ("kernel", "good", "bad", "message"),
     [
-        ("paged_attention", LOST, LOST.replace("__syncthreads();", ""), "race"),
-        ("paged_attention", "__syncwarp();\n                if", "if", "race"),
+        ("paged_attention", LOST, LOST.replace("sync_rows();", ""), "race"),
+        ("paged_attention", "__syncwarp();\n    else", ";\n    else", "race"),
+        ("paged_attention", "__syncwarp();\n            if", "if", "race"),
         ("paged_attention", "__syncwarp();  // for", "// for", "race"),
         ("paged_attention", COMMITTED, "k_pool, v_pool);\n", "waited for"),
-        ("paged_attention", "if (threadIdx.x >= TILE) return;", "", "race"),
+        ("paged_attention", "if (threadIdx.x >= TILE) return true;", "", "race"),
         ("paged_attention", "shared.united[w][row] = Sum();", ";", "no thread of the block has written"),
-        ("paged_attention", "first_row + row < num_rows ? *", "true ? *", "past the end"),
-        ("paged_attention", "if (chunk >= V_DIM / 8) break;", "", "is to arrive|race"),
+        ("paged_attention", "exists ? (int)(first_token + token) : -1", "(int)(first_token + token)", "past the end"),
+        ("paged_attention", "if (!FULL && chunk >= V_DIM / 8) break;", "", "is to arrive|race"),
         ("paged_attention", "row.token >= 0 && column + 1 < V_DIM", "row.token >= 0", "race|past the end"),
         ("paged_attention", "row.token >= 0 && column + 1 < V_DIM", "column + 1 < V_DIM", "before the beginning"),
-        ("paged_attention", "row.token >= 0 && part == 0 && warp() == 0", "row.token >= 0", "race"),
+        ("paged_attention", "row.token >= 0 && part == 0 && column_warp() == 0", "row.token >= 0", "race"),
         ("merge_splits", "blockDim.x + threadIdx.x;", "threadIdx.x / 2;", "race"),
-        ("merge_splits", "first / SPLIT % num_splits", "(first / SPLIT + 1)", "past the end"),
+        ("merge_splits", "first % (int)num_splits", "first + (int)num_splits", "past the end"),
     ],
 )  # fmt: skip
 def test_a_lost_guard_or_barrier_of_attention_is_found(kernel, good, bad, message):
@@ -177,7 +160,7 @@ def test_a_lost_guard_or_barrier_of_attention_is_found(kernel, good, bad, messag
 @pytest.mark.parametrize(
     ("good", "bad"),
     [
-        ("if (column >= V_DIM) continue;", ""),
+        ("place != NOWHERE && column < V_DIM", "place != NOWHERE"),
         ("d < HEAD_DIM;", "d <= HEAD_DIM;"),
         ("if (column < V_DIM)\n", "\n"),
         ("if (column < V_DIM) of_row", "of_row"),
