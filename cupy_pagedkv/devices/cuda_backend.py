@@ -597,8 +597,8 @@ class CudaBackend:
         slices: int = 1,
     ) -> None:
         """Launch one warp for each slice, 32 * _UNROLL of the ``accesses`` of each unit, for K and V of each layer.
-        Where ``slices`` is more than 1, a warp gets as many, as long as the device is full of blocks: a kernel must allow
-        for that.
+        Where ``slices`` is more than 1, a warp gets as many, as long as the device is full of blocks: a kernel must
+        allow for that.
 
         ``units`` is at least 1: CuPy would launch an empty grid as one block. Arrays are passed as their address,
         which forgets strides, and so strides are arguments of their own; every ``int`` is an int64.
