@@ -11,6 +11,7 @@ from conftest import Device
 from test_attention import check_means, mean_scene
 from test_offsets import sparse
 
+import cupy_pagedkv.devices.backend as backend
 from cupy_pagedkv import AttentionBuffers, KVCacheManager, LayeredPagedKVCache, PagedKVCache, paged_attention
 from cupy_pagedkv.devices.backend import backend_of
 from cupy_pagedkv.devices.layout import UNBOUNDED, Scoring, attention_layout_of
@@ -522,3 +523,19 @@ def test_attend_is_paged_attention_on_the_pools(device, rng):
     arrays = [arguments.pop(name) for name in ("query", "block_tables", "seq_lens", "cu_seqlens_q")]
     got = cache.attend(*arrays, max_seqlen_q=7, return_lse=True, **arguments)
     assert same_bits(tuple(map(device.numpy, got)), scene.attend())
+
+
+@pytest.mark.parametrize("dim", [16, 15])
+def test_a_query_between_multiples_of_what_an_access_could_have(rng, monkeypatch, dim):
+    """Rows, the first of them, or elements that lie so that wide accesses would not be aligned."""
+    monkeypatch.setattr(backend, "EMULATE", True)
+    pools, tables = rng.standard_normal((2, 3, 8, 1, dim)).astype(np.float16), np.array([[2, 0, 1]])
+    query = rng.standard_normal((3, 2, dim)).astype(np.float16)
+    rows, first, elements = np.zeros((3, 3, dim + 1)), np.zeros(query.size + 1), np.zeros((3, 2, dim, 2))
+    rows, first, elements = (array.astype(np.float16) for array in (rows, first, elements))
+    views = rows[:, :2, :dim], first[1:].reshape(query.shape), elements[..., 1], query[::-1]
+    with emulate(check=True):
+        expected = paged_attention(query, *pools, tables, [20], [0, 3])
+        for view in views:
+            view[...] = query.copy()
+            assert same_bits([paged_attention(view, *pools, tables, [20], [0, 3])], [expected])

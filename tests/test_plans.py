@@ -7,7 +7,7 @@ import numpy as np
 import oracle
 import pytest
 
-from cupy_pagedkv import copy_blocks, gather_cache, paged_attention, reshape_and_cache
+from cupy_pagedkv import PagedKVCache, copy_blocks, gather_cache, paged_attention, reshape_and_cache
 from cupy_pagedkv.devices.cuda_attention import shape_of, spread_of
 from cupy_pagedkv.devices.cuda_backend import _block_runs, _runs
 from cupy_pagedkv.devices.emulated_backend import EmulatedBackend
@@ -166,3 +166,13 @@ def test_scratch_of_long_tables_serves_a_window():
     assert (windowed.splits, windowed.grid[2]) == (18, 18)
     assert 0 < windowed.scratch <= spread_of(layout, shape, None, *long_tables).scratch == 2**26
     assert spread_of(layout, shape, Scoring(0.125, 0.0, UNBOUNDED, 0), *long_tables).scratch == 0
+
+
+def test_the_more_sequences_there_are_the_more_a_warp_gathers(launches):
+    """Each thread block reads all of their lengths."""
+    cache = PagedKVCache(256, 16, 1, 128, np.float16, "cpu")
+    for num_seqs in (1, 32, 64, 256):
+        tables = np.arange(256, dtype=np.int32).reshape(num_seqs, -1)
+        cache.gather(tables, np.full(num_seqs, 4096 // num_seqs))
+    slices = 256 + 2 * np.array([1, 32, 64, 256])  # at most
+    assert [grid[0] for _, grid in launches] == (-(-slices // 4) // [1, 1, 2, 8]).tolist()
