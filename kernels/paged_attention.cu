@@ -103,8 +103,6 @@ template <int CHUNKS> __device__ __forceinline__ int swizzled(int row, int chunk
 
 #if TENSOR
 
-constexpr bool SHORT_OF_REGISTERS = ROWS == 64 && __CUDA_ARCH__ >= 1000;  // for which compilers want more
-
 constexpr int K_CHUNKS = HEAD_DIM / 8, V_CHUNKS = V_IS_K ? K_CHUNKS : V_DIM / 8, WEIGHT_CHUNKS = TILE / 8;
 
 struct alignas(16) Chunk {
@@ -203,7 +201,7 @@ __device__ __forceinline__ void products(
 {
     const Chunk* keys = &shared.k[stage][column_warp() * (8 * SCORE_TILES) * K_CHUNKS];
     // A head_dim of 128 as a whole, so that the places of chunks are constants: on an H100 4% of prefill.
-#pragma unroll(SHORT_OF_REGISTERS ? 1 : K_CHUNKS <= 16 ? 4 : 2)
+#pragma unroll(K_CHUNKS <= 16 ? 4 : 2)
     for (int chunk = 0; chunk + 4 <= K_CHUNKS; chunk += 4) {
         const FragmentA low = of_rows<K_CHUNKS>(shared.query, chunk), high = of_rows<K_CHUNKS>(shared.query, chunk + 2);
 #pragma unroll
@@ -246,7 +244,7 @@ __device__ __forceinline__ bool all_finite(const Shared& shared, int stage)
 
 // o += weights V, for the warp's rows and columns. Unless SIFTED, 0 * NaN would put into a row what it does not see.
 constexpr bool FULL = COLUMN_WARPS * VALUE_TILES == V_DIM / 8;  // each warp has all of its columns
-template <bool SIFTED, int AT_ONCE = FULL && VALUE_TILES % 2 == 0 && !SHORT_OF_REGISTERS ? 2 : 1>
+template <bool SIFTED, int AT_ONCE = FULL && VALUE_TILES % 2 == 0 ? 2 : 1>
 __device__ __forceinline__ void add_values(Accumulator (&o)[VALUE_TILES], const Shared& shared, int stage)
 {
 #pragma unroll

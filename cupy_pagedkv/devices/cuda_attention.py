@@ -48,7 +48,7 @@ def shape_of(
     tensor = dtype.itemsize == 2 and dim % 16 == v_dim % 16 == 0 and (arch >= 80 or dtype.name == "float16")
     of_v = 0 if v_is_k else v_dim
     tile = 64 if tensor and dim + of_v <= 256 else 32
-    most = _MOST_FLOATS if arch >= 80 else _MOST_FLOATS // 2  # Turing's code needs more registers beside
+    most = _MOST_FLOATS if 80 <= arch < 100 else _MOST_FLOATS // 2  # others' code needs more registers beside
     rows = max(16, min(64, 2 ** int(math.log2(most // min(v_dim, _MOST_COLUMNS))))) if many_rows else 16
 
     def shared_bytes(rows: int, stages: int) -> int:  # struct Shared of the kernel
