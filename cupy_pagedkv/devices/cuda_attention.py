@@ -52,7 +52,7 @@ def shape_of(
     rows = max(16, min(64, 2 ** int(math.log2(most // min(v_dim, _MOST_COLUMNS))))) if many_rows else 16
 
     def shared_bytes(rows: int, stages: int) -> int:  # struct Shared of the kernel
-        common = 32 * tile + (24 + 16) * rows + 8 * 64
+        common = 32 * tile + (24 + 16) * rows + 8 * 64  # of warps times their rows there are 64, whatever rows is
         if tensor:
             return 2 * rows * (dim + tile) + stages * 2 * tile * (dim + of_v) + 16 * v_is_k + common
         return 4 * rows * (dim + 4 + tile + 4) + common

@@ -64,7 +64,7 @@ def _alignment(tokens: Form, pool: Form, runs: tuple[int, int, int]) -> int:
     heads, runs_of_head, run = runs
     lengths = (*tokens.shape[:2], heads, runs_of_head, *pool.shape[:3], heads)
     strides = (*tokens.strides, *pool.strides[:4])
-    return math.gcd(16, run, *(s for s, n in zip(strides, lengths, strict=True) if n > 1))
+    return math.gcd(16, run, _step(lengths, strides))
 
 
 def _block_runs(pool: Form) -> tuple[tuple[int, int, int], tuple[int, int]]:
@@ -262,7 +262,7 @@ class CudaBackend:
 
     # Not methods, which take as long again to be called.
     _address: Callable[[Any], int] = staticmethod(attrgetter("data.ptr"))
-    _device: Callable[[Any], Any] = staticmethod(attrgetter("data.device_id"))
+    _device: Callable[[Any], int | str] = staticmethod(attrgetter("data.device_id"))
     """The number of the array's device, as :meth:`on` takes it."""
 
     def __init__(self, xp: Any) -> None:
@@ -288,7 +288,7 @@ class CudaBackend:
         return int(place.compute_capability), place.attributes["MaxSharedMemoryPerBlockOptin"]
 
     def same_device(self, a: Any, b: Any) -> bool:
-        return a.data.device_id == b.data.device_id  # type: ignore[no-any-return]
+        return self._device(a) == self._device(b)
 
     def device_name(self, array: Any) -> str:
         return f"cuda:{array.device.id}"
@@ -519,7 +519,7 @@ class CudaBackend:
         _check_block_bytes(pools)
         both = (pools.k_cache, pools.v_cache)
         (k_runs, k_strides), (v_runs, v_strides) = map(_block_runs, both)
-        reached = [s for pool in both for s, n in zip(pool.strides[:2], pool.shape[:2], strict=True) if n > 1]
+        reached = (_step(pool.shape[:2], pool.strides[:2]) for pool in both)
         access = math.gcd(16, misalignment, k_runs[2], v_runs[2], *k_strides, *v_strides, *reached)
         defines: Defines = (("ACCESS_T", _ACCESS_TYPES[access]), ("UNROLL", _UNROLL))
         for letter, (outer, inner, run) in (("K", k_runs), ("V", v_runs)):
@@ -573,12 +573,12 @@ class CudaBackend:
         item = layout.k_cache.dtype.itemsize
         access = math.gcd(16, misalignment, *(n * item for n in (layout.k_cache.shape[4], layout.v_cache.shape[4])))
         for pool in (layout.k_cache, layout.v_cache):
-            access = math.gcd(access, *(s for s, n in zip(pool.strides[1:4], pool.shape[1:4], strict=True) if n > 1))
+            access = math.gcd(access, _step(pool.shape[1:4], pool.strides[1:4]))
         query = layout.query
         query_access = item
         if query.strides[2] == item or query.shape[2] == 1:
-            reached = [s for s, n in zip(query.strides[:2], query.shape[:2], strict=True) if n > 1]
-            query_access = math.gcd(16, query_misalignment, query.shape[2] * item, *reached)
+            reached = _step(query.shape[:2], query.strides[:2])
+            query_access = math.gcd(16, query_misalignment, query.shape[2] * item, reached)
         shape = shape_of(layout, many_rows, v_is_k, access, query_access, softcap, *architecture)
         kernel = self._kernel("paged_attention", shape.defines + _index_types("paged_attention", index_sizes))
         kernel.max_dynamic_shared_size_bytes = shape.shared_bytes
@@ -609,7 +609,6 @@ class CudaBackend:
         processors = self._processors(device)
         warps_of_block = min(max(1, warps * num_layers // processors), _MAX_WARPS)
         blocks = -(-warps // warps_of_block)
-        if slices > 1:
-            blocks = min(blocks, max(1, processors * _BLOCKS_AT_ONCE // (2 * num_layers), blocks // slices))
+        blocks = min(blocks, max(1, processors * _BLOCKS_AT_ONCE // (2 * num_layers), blocks // slices))
         with self.on(device):
             kernel((blocks, 2, num_layers), (32 * warps_of_block,), arguments)
