@@ -88,13 +88,25 @@ def kept(items: Iterable[T], into: list[T]) -> Iterator[T]:
         yield item
 
 
+def tell_facts(name: str, xp: Any) -> dict[str, str]:
+    facts = machine(name, xp)
+    print(", ".join(f"{name} {fact}" for name, fact in facts.items()))
+    return facts
+
+
+def write_json(options: argparse.Namespace, facts: dict[str, str], **measured: Iterable[Any]) -> None:
+    """What was measured, dataclasses, where it was asked for."""
+    if options.json:
+        measurements = {name: [asdict(each) for each in all_of] for name, all_of in measured.items()}
+        Path(options.json).write_text(json.dumps({"machine": facts, **measurements}, indent=1))
+
+
 def run_attention(parser: argparse.ArgumentParser, options: argparse.Namespace, device: str, xp: Any) -> int:
     cases = [case for case in attention_cases(options.quick) if set(options.only) <= set(case.label.split())]
     if not cases:
         example = next(attention_cases(options.quick)).label
         parser.error(f"no row has all of {options.only} in its name, such as {example!r}")
-    facts = machine(device, xp)
-    print(", ".join(f"{name} {fact}" for name, fact in facts.items()))
+    facts = tell_facts(device, xp)
     print("GB/s count K and V, which are read once.\n")
     rows: list[Row] = []
     measured = (measure_attention(case, xp, 0.05 if options.quick else 0.7) for case in cases)
@@ -103,10 +115,7 @@ def run_attention(parser: argparse.ArgumentParser, options: argparse.Namespace, 
     print()
     for line in attention_bars(rows, xp is not np):
         print(line)
-    if options.json:
-        Path(options.json).write_text(
-            json.dumps({"machine": facts, "attention": [asdict(row) for row in rows]}, indent=1)
-        )
+    write_json(options, facts, attention=rows)
     return 0
 
 
@@ -115,22 +124,21 @@ def run_hf(parser: argparse.ArgumentParser, options: argparse.Namespace, place: 
         from benchmarks import hf
     except ImportError as error:
         parser.error(f"{error}: pip install -e '.[hf,bench]'")
-    facts = machine(place.name, np)
-    print(", ".join(f"{name} {fact}" for name, fact in facts.items()) + "\n")
+    facts = tell_facts(place.name, np)
+    print()
     runs: list[hf.Generation] = []
     for line in hf.generation_lines(kept(hf.generations(options.quick), runs)):
         print(line, flush=True)
     print()
     for line in hf.generation_bars(runs):
         print(line)
-    if options.json:
-        Path(options.json).write_text(json.dumps({"machine": facts, HF: [asdict(run) for run in runs]}, indent=1))
+    write_json(options, facts, hf=runs)
     return 0
 
 
 def run_tiers(options: argparse.Namespace, device: str, xp: Any) -> int:
-    facts = machine(device, xp)
-    print(", ".join(f"{name} {fact}" for name, fact in facts.items()) + "\n")
+    facts = tell_facts(device, xp)
+    print()
     place = "cpu" if xp is np else "cuda"
     done: list[tiers.Move] = []
     reports: list[tuple[str, Report]] = []
@@ -143,32 +151,27 @@ def run_tiers(options: argparse.Namespace, device: str, xp: Any) -> int:
     print()
     for line in tiers.move_bars(done):
         print(line)
-    if options.json:
-        measurements = {"moves": [asdict(move) for move in done], "replays": [asdict(report) for _, report in reports]}
-        Path(options.json).write_text(json.dumps({"machine": facts, **measurements}, indent=1))
+    write_json(options, facts, moves=done, replays=[report for _, report in reports])
     return 0
 
 
 def run_mpi(parser: argparse.ArgumentParser, options: argparse.Namespace, place: Any) -> int:
     if importlib.util.find_spec("mpi4py") is None or ranks.MPIEXEC is None:
         parser.error("mpi4py or mpiexec is not installed: pip install -e '.[mpi]'")
-    facts = machine(place.name, np)
-    print(", ".join(f"{name} {fact}" for name, fact in facts.items()) + "\n")
+    facts = tell_facts(place.name, np)
+    print()
     measured = ranks.travels(options.quick)
     for line in (*ranks.travel_lines(measured), "", *ranks.travel_bars(measured)):
         print(line)
-    if options.json:
-        Path(options.json).write_text(
-            json.dumps({"machine": facts, MPI: [asdict(each) for each in measured]}, indent=1)
-        )
+    write_json(options, facts, mpi=measured)
     return 0
 
 
 def run_counters(parser: argparse.ArgumentParser, options: argparse.Namespace, place: Any, xp: Any) -> int:
     if place.name != "cuda" or counters.NCU is None:
         parser.error("counters are a GPU's, which ncu of Nsight Compute reads: there has to be both")
-    facts = machine(place.name, xp)
-    print(", ".join(f"{name} {fact}" for name, fact in facts.items()) + "\n")
+    facts = tell_facts(place.name, xp)
+    print()
     gpu = xp.cuda.Device()
     arch, processors = int(gpu.compute_capability), gpu.attributes["MultiProcessorCount"]
     try:
@@ -177,9 +180,7 @@ def run_counters(parser: argparse.ArgumentParser, options: argparse.Namespace, p
         parser.error(str(error))
     for line in counters.counter_lines(comparisons):
         print(line)
-    if options.json:
-        measurements = [asdict(each) for each in comparisons]
-        Path(options.json).write_text(json.dumps({"machine": facts, COUNTERS: measurements}, indent=1))
+    write_json(options, facts, counters=comparisons)
     return 0
 
 
@@ -240,8 +241,7 @@ def main() -> int:
     with_manager = options.kernel in (None, MANAGER) and not options.only
     if not cases and not with_manager:
         parser.error(f"no row has all of {options.only} in its name, such as {Case('gather', *SHAPES[0], 512).label!r}")
-    facts = machine(place.name, xp)
-    print(", ".join(f"{name} {fact}" for name, fact in facts.items()))
+    facts = tell_facts(place.name, xp)
     print("GB/s count what is read and what is written. x: how many times as fast as that.\n")
     rows: list[Row] = []
     measured = (measure(case, xp, 0.05 if options.quick else 0.7) for case in cases)
@@ -256,9 +256,7 @@ def main() -> int:
     of_operations = bars(rows, xp is not np) if place.name != "emulated" else ()  # which is not meant to be fast
     for line in (*of_operations, *chore_bars(done)):
         print(line)
-    if options.json:
-        measurements = {"rows": [asdict(row) for row in rows], "manager": [asdict(chore) for chore in done]}
-        Path(options.json).write_text(json.dumps({"machine": facts, **measurements}, indent=1))
+    write_json(options, facts, rows=rows, manager=done)
     if options.plot:
         plot(rows, options.plot)
     return 0
