@@ -435,3 +435,46 @@ def test_blocks_run_by_run(monkeypatch, blocks, much, long_run, form):
 )
 def test_when_blocks_are_copied_run_by_run(blocks, num_bytes, runs):
     assert (numpy_backend._long_runs(np.array(blocks, np.int32), num_bytes) is not None) is runs
+
+
+# Layers are copied together, as many as a thread copies at once.
+
+LAYER = 8 * 2 * 3 * 2  # bytes of K of eight tokens
+
+
+@pytest.mark.parametrize(("largest_job", "num_jobs"), [(1, 4 * 5), (LAYER, 2 * 5), (3 * LAYER, 2 * 2), (9 * LAYER, 2)])
+@pytest.mark.parametrize("much", [0, 2**20])
+@pytest.mark.parametrize("form", ["NHD", "HND"])
+def test_layers_are_copied_together(monkeypatch, rng, largest_job, num_jobs, much, form):
+    calls: list[int] = []
+
+    def run(jobs: list[Any], num_bytes: int) -> None:
+        calls.append(len(jobs))
+        for job in jobs:
+            job()
+
+    monkeypatch.setattr(threads, "run", run)
+    monkeypatch.setattr(threads, "_num_threads", lambda num_bytes: 1)
+    monkeypatch.setattr(threads, "_HEAD_START", 0)
+    monkeypatch.setattr(threads, "_LARGEST_JOB", largest_job)
+    monkeypatch.setattr(numpy_backend, "_MUCH", much)
+
+    def pools(memory: Any) -> Any:
+        return memory if form == "NHD" else memory.reshape(2, 5, 6, 2, 4, 3).swapaxes(3, 4)
+
+    expected = oracle.random_array(rng, (2, 5, 6, 4, 2, 3), np.float16)
+    tokens = oracle.random_array(rng, (2, 5, 8, 2, 3), np.float16)
+    buffer = expected.copy()
+    for slots in (np.r_[8:12, 20:24], rng.permutation(24)[:8]):  # whole blocks, and anywhere
+        reshape_and_cache(*tokens, *pools(buffer), slots)
+        for tensor, layer in np.ndindex(2, 5):
+            oracle.scatter(tokens[tensor, layer], pools(expected)[tensor, layer], slots)
+        assert buffer.tobytes() == expected.tobytes()
+
+    for tables, lens in (([[2, 5]], [8]), ([[1], [0], [3], [5], [2], [4]], [2, 0, 0, 2, 0, 1])):  # and a few of many
+        out = np.empty_like(tokens)
+        gather_cache(*pools(buffer), tables, lens, out=(out[0], out[1]))
+        for tensor, layer in np.ndindex(2, 5):
+            rows = oracle.gather(pools(expected)[tensor, layer], tables, lens, [0] * len(lens))
+            assert out[tensor, layer, : len(rows)].tobytes() == rows.tobytes()
+    assert calls[:3] == [num_jobs] * 3

@@ -59,8 +59,8 @@ class Layout(Pools):
     num_tokens: int
     token_bytes: int
     """Of K and V together, in one layer."""
-    plain: bool
-    """Whether no array has an axis of layers, and no item fields."""
+    have_fields: bool
+    """Whether items of K or V are structures."""
     k_items: Items | None
     """K in one layer as opaque items; None where tokens or slots do not lie one after the other."""
     v_items: Items | None
@@ -182,14 +182,13 @@ def _layout_of(
             f"{names[0]} and {names[1]} must have as many tokens as each other, got {key.shape[1]} and {value.shape[1]}"
         )
     token_bytes = sum(pool.shape[3] * pool.shape[4] * pool.dtype.itemsize for pool in (pools.k_cache, pools.v_cache))
-    plain = len(k_shape) == 4 and k_dtype.fields is None and v_dtype.fields is None
     return Layout(
         **vars(pools),
         key=key,
         value=value,
         num_tokens=key.shape[1],
         token_bytes=token_bytes,
-        plain=plain,
+        have_fields=k_dtype.fields is not None or v_dtype.fields is not None,
         k_items=_items(key, pools.k_cache),
         v_items=_items(value, pools.v_cache),
     )
