@@ -90,23 +90,14 @@ def _write_slots(tokens: _Array, pool: _Array, items: Items | None, slots: _Arra
         return
     block_size = pool.shape[2]
     if pool.strides[1] == block_size * pool.strides[2]:
-        _write(tokens, pool.reshape(len(pool), -1, *pool.shape[3:]), slots)
+        pool.reshape(len(pool), -1, *pool.shape[3:])[:, slots] = tokens
     else:
-        _write(tokens, pool, slots // block_size, slots % block_size)
+        pool[:, slots // block_size, slots % block_size] = tokens
 
 
 def _write_blocks(tokens: _Array, pool: _Array, slots: _Array) -> None:
     block_size = pool.shape[2]
-    _write(tokens.reshape(len(pool), -1, *pool.shape[2:]), pool, slots[::block_size] // block_size)
-
-
-def _write(tokens: _Array, pool: _Array, *index: Any) -> None:
-    """By indexing: of a layer at a time, if that is much, since places as far apart as layers may share cache lines."""
-    if tokens.nbytes < _MUCH:
-        pool[(slice(None), *index)] = tokens
-    else:
-        for i in range(len(pool)):
-            pool[i][index] = tokens[i]
+    pool[:, slots[::block_size] // block_size] = tokens.reshape(len(pool), -1, *pool.shape[2:])
 
 
 def _long_runs(blocks: _Array, num_bytes: int) -> list[slice] | None:
