@@ -165,17 +165,16 @@ def steps_of_a_group(comm: Any, quick: bool) -> list[Travel]:
         return time.perf_counter() - start
 
     def message() -> float:
-        held = group._calls, group._numbers  # which the next step brings
-        group._calls, group._numbers = [], []
+        held, group._calls = group._calls, []  # which the next step brings
         comm.Barrier()
         start = time.perf_counter()
         if comm.rank == 0:
-            group._tell("prepare", numbers=new)
+            group._tell("prepare", *new)
             group._send_calls()
         else:
-            group._hear_calls()
+            group._next_call()
         seconds = time.perf_counter() - start
-        group._calls, group._numbers = held
+        group._calls = held
         return seconds
 
     def plain(num_bytes: int) -> Callable[[], float]:

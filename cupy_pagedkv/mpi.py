@@ -38,6 +38,7 @@ may not, and then the blocks of that sequence stay taken.
 import functools
 import itertools
 import json
+import operator
 import os
 import struct
 import time
@@ -90,6 +91,13 @@ _MAGIC = b"pagedkv\0"
 _OFFER, _FOUND, _SENT, _DONE, _FAILED = range(5)
 _OFFERS = 1  # the tag of all offers; the tags of a transfer are the next ones, by its number
 _TO_RECEIVER, _TO_SENDER, _DATA = range(3)
+
+# In messages, these are numbers: methods of a group's manager, and values of gpu_aware.
+_CALLS = (
+    "add", "prepare", "commit", "rollback", "free", "reset_prefix_cache", "_fork", "_offload", "_truncate", "send",
+    "recv", "close",
+)  # fmt: skip
+_AWARE = (None, False, True)
 
 _numbers = itertools.count()
 _left: list[tuple[list[MPI.Request], Callable[[], object]]] = []
@@ -272,8 +280,11 @@ class GroupManager(KVCacheManager):
             )
         self._num_heads, self._timeout = num_kv_heads, timeout
         self._comm, self._world = comm.Dup(), world
-        self._calls: list[list[Any]] = []  # since the last message: name, values, and how many numbers are its own
-        self._numbers: list[npt.NDArray[np.int32]] = []
+        self._message = bytearray(STEP_BYTES)
+        # Calls since the last message: each as numbers, of which a list says how many there are, and as texts.
+        self._calls: list[Any] = []
+        self._texts: list[Any] = []
+        self._heard = np.zeros(0, np.int32)  # what is still to be done here
         self._told: dict[CachedSequence | Batch, int] = {}  # what other ranks are told instead of these
         self._by_number: dict[int, Any] = {}  # and the other way round
         self._names = itertools.count()
@@ -284,7 +295,7 @@ class GroupManager(KVCacheManager):
         tells, text = self._tells(), as_text(salt)
         sequence = super().add(tokens, salt=salt, name=name)
         if tells:
-            self._tell("add", text, name, numbers=[sequence._prompt])
+            self._tell("add", sequence._prompt, texts=[text, name])
         self._name(sequence)
         return sequence
 
@@ -293,7 +304,7 @@ class GroupManager(KVCacheManager):
     ) -> Batch:
         if self._tells():
             names = np.fromiter(map(self._told.__getitem__, sequences), np.int32, len(sequences))
-            self._tell("prepare", numbers=[names, new.counts.astype(np.int32), new.tokens])
+            self._tell("prepare", names, new.counts, new.tokens)
             self._send_calls()  # first, so that all ranks prepare at once; and if it fails, it fails on all
         batch = super()._begin(sequences, new, max_blocks, buffers)
         self._name(batch)
@@ -307,34 +318,34 @@ class GroupManager(KVCacheManager):
         if tells:
             some = {} if accepted is None else accepted
             kept = [[self._told[sequence] for sequence in some], list(some.values())]
-            self._tell("commit", self._told[batch], numbers=list(np.array(kept, np.int32)))
+            self._tell("commit", [self._told[batch]], *np.array(kept, np.int32))
         self._forget(batch)
 
     def rollback(self, batch: Batch) -> None:
         tells = self._tells()
         super().rollback(batch)
         if tells:
-            self._tell("rollback", self._told[batch])
+            self._tell("rollback", [self._told[batch]])
         self._forget(batch)
 
     def free(self, sequence: CachedSequence) -> None:
         tells = self._tells()
         super().free(sequence)
         if tells:
-            self._tell("free", self._told[sequence])
+            self._tell("free", [self._told[sequence]])
         self._forget(sequence)
 
     def reset_prefix_cache(self) -> None:
         tells = self._tells()
         super().reset_prefix_cache()
         if tells:
-            self._tell("reset")
+            self._tell("reset_prefix_cache")
 
     def _fork(self, sequence: CachedSequence) -> CachedSequence:
         tells = self._tells()
         fork = super()._fork(sequence)
         if tells:
-            self._tell("fork", self._told[sequence])
+            self._tell("_fork", [self._told[sequence]])
         self._name(fork)
         return fork
 
@@ -342,13 +353,13 @@ class GroupManager(KVCacheManager):
         tells = self._tells()
         super()._offload(sequence)
         if tells:
-            self._tell("offload", self._told[sequence])
+            self._tell("_offload", [self._told[sequence]])
 
     def _truncate(self, sequence: CachedSequence, num_tokens: int) -> None:
         tells = self._tells()
         super()._truncate(sequence, num_tokens)
         if tells:
-            self._tell("truncate", self._told[sequence], num_tokens)
+            self._tell("_truncate", [self._told[sequence], num_tokens])
 
     def send(self, sequence: CachedSequence, dests: Sequence[int], *, gpu_aware: bool | None = None) -> None:
         """Bring a sequence to another group, or to one rank with all heads, which calls :meth:`recv`, or :func:`recv`.
@@ -361,7 +372,7 @@ class GroupManager(KVCacheManager):
         world, parts, tells = self._others(), self._overlaps(dests), self._tells()
         if tells:
             self._row_of(sequence)
-            self._tell("send", self._told[sequence], list(dests), gpu_aware)
+            self._tell("send", [self._told[sequence], _AWARE.index(gpu_aware)], [*map(operator.index, dests)])
             self._send_calls()
         self._transfer(_sending(self, sequence, world, parts, self._num_heads, self._timeout, gpu_aware))
 
@@ -370,7 +381,7 @@ class GroupManager(KVCacheManager):
         see :meth:`send`, and :func:`recv`."""
         world, parts, tells = self._others(), self._overlaps(sources), self._tells()
         if tells:
-            self._tell("recv", list(sources), gpu_aware)
+            self._tell("recv", [_AWARE.index(gpu_aware)], [*map(operator.index, sources)])
             self._send_calls()
         args = world, parts, self._num_heads, self._timeout, gpu_aware, self._agree
         sequence: CachedSequence = self._transfer(_receiving(self, *args))
@@ -388,12 +399,9 @@ class GroupManager(KVCacheManager):
         self._following = False
         try:
             while True:
-                if not self._calls:
-                    self._hear_calls()
-                name, values, lengths = self._calls.pop(0)
-                numbers = [self._numbers.pop(0) for _ in lengths]
+                name, numbers = self._next_call()
                 try:
-                    result = self._replay(name, values, numbers, buffers)
+                    result = self._replay(name, numbers, buffers)
                 except OutOfBlocksError:
                     if name != "prepare":
                         raise
@@ -408,28 +416,26 @@ class GroupManager(KVCacheManager):
         self._tell("close")
         self._send_calls()
 
-    def _replay(self, name: str, values: list[Any], numbers: list[Any], buffers: BatchBuffers | None) -> Batch | None:
+    def _replay(self, name: str, numbers: list[npt.NDArray[np.int32]], buffers: BatchBuffers | None) -> Batch | None:
         if name == "prepare":
             names, counts, tokens = numbers
             sequences = tuple(map(self._by_number.__getitem__, names.tolist()))
             return self._prepare(sequences, counts.astype(np.int64), tokens, buffers)
         if name == "add":
-            self.add(numbers[0], salt=from_text(values[0]), name=values[1])
-        elif name == "commit":
-            kept = {self._by_number[at]: count for at, count in zip(*(each.tolist() for each in numbers), strict=True)}
-            self.commit(self._by_number[values[0]], kept)
-        elif name == "recv":
-            self.recv(values[0], gpu_aware=values[1])
-        elif name == "send":
-            self.send(self._by_number[values[0]], values[1], gpu_aware=values[2])
-        elif name == "reset":
+            self.add(numbers[0], salt=from_text(self._texts.pop(0)), name=self._texts.pop(0))
+        elif name == "reset_prefix_cache":
             self.reset_prefix_cache()
         elif name != "close":
-            calls: dict[str, Callable[..., object]] = {
-                "rollback": self.rollback, "free": self.free, "fork": self._fork, "offload": self._offload,
-                "truncate": self._truncate,
-            }  # fmt: skip
-            calls[name](self._by_number[values[0]], *values[1:])
+            first, *more = (each.tolist() for each in numbers)
+            if name == "recv":
+                self.recv(more[0], gpu_aware=_AWARE[first[0]])
+            elif name == "send":
+                self.send(self._by_number[first[0]], more[0], gpu_aware=_AWARE[first[1]])
+            elif name == "commit":
+                accepted = {self._by_number[at]: count for at, count in zip(*more, strict=True)}
+                self.commit(self._by_number[first[0]], accepted)
+            else:
+                getattr(self, name)(self._by_number[first[0]], *first[1:])
         return None
 
     def _tells(self) -> bool:
@@ -438,9 +444,9 @@ class GroupManager(KVCacheManager):
             raise ValueError("rank 0 decides, and the other ranks follow()")
         return self._comm.rank == 0 and not self._is_silent
 
-    def _tell(self, name: str, *values: Any, numbers: Sequence[npt.NDArray[np.int32]] = ()) -> None:
-        self._calls.append([name, values, [len(each) for each in numbers]])
-        self._numbers.extend(numbers)
+    def _tell(self, name: str, *numbers: Any, texts: Sequence[Any] = ()) -> None:
+        self._calls += ([_CALLS.index(name), len(numbers), *map(len, numbers)], *numbers)
+        self._texts += texts
 
     def _name(self, thing: CachedSequence | Batch) -> None:
         if not self._is_silent:
@@ -452,29 +458,38 @@ class GroupManager(KVCacheManager):
             del self._by_number[self._told.pop(thing)]
 
     def _send_calls(self) -> None:
-        text = json.dumps(self._calls)
-        text += " " * (-len(text) % 4)  # so that the numbers are aligned
-        body = b"".join([text.encode(), *(each.tobytes() for each in self._numbers)])
-        message = bytearray(STEP_BYTES)
-        message[: _WORD.size + len(body)] = _WORD.pack(_MAGIC, VERSION, len(text), len(body)) + body
-        self._calls, self._numbers = [], []
-        self._broadcast(message[:STEP_BYTES])
-        if len(message) > STEP_BYTES:
-            self._broadcast(message[STEP_BYTES:])
+        text = json.dumps(self._texts).encode() if self._texts else b""
+        body = np.concatenate(self._calls, dtype=np.int32).tobytes() + text
+        self._calls, self._texts = [], []
+        first, rest = body[: STEP_BYTES - _WORD.size], body[STEP_BYTES - _WORD.size :]
+        self._message[: _WORD.size + len(first)] = _WORD.pack(_MAGIC, VERSION, len(text), len(body)) + first
+        self._broadcast(self._message)
+        if rest:
+            self._broadcast(bytearray(rest))
 
     def _hear_calls(self) -> None:
-        message = self._broadcast(bytearray(STEP_BYTES))
-        magic, version, of_text, size = _WORD.unpack_from(message)
+        self._broadcast(self._message)
+        magic, version, of_text, size = _WORD.unpack_from(self._message)
         if magic != _MAGIC or version != VERSION:
             raise TransferError(f"rank 0 speaks version {version} of the protocol, and this is {VERSION}")
-        if _WORD.size + size > STEP_BYTES:
-            message += self._broadcast(bytearray(_WORD.size + size - STEP_BYTES))
-        start = _WORD.size + of_text
-        self._calls = json.loads(str(message[_WORD.size : start], "ascii"))
-        for _, _, lengths in self._calls:
-            for length in lengths:
-                self._numbers.append(np.frombuffer(message, np.int32, length, start))
-                start += 4 * length
+        body = self._message[_WORD.size : _WORD.size + size]
+        if len(body) < size:
+            body += self._broadcast(bytearray(size - len(body)))
+        self._heard = np.frombuffer(body, np.int32, (size - of_text) // 4)
+        if of_text:
+            self._texts = json.loads(body[-of_text:])
+
+    def _next_call(self) -> tuple[str, list[npt.NDArray[np.int32]]]:
+        """Its name, and its numbers; texts are in line."""
+        if not len(self._heard):
+            self._hear_calls()
+        which, count = self._heard[:2].tolist()
+        at, numbers = 2 + count, []
+        for length in self._heard[2:at].tolist():
+            numbers.append(self._heard[at : at + length])
+            at += length
+        self._heard = self._heard[at:]
+        return _CALLS[which], numbers
 
     def _broadcast(self, message: bytearray) -> bytearray:
         request = self._comm.Ibcast([message, MPI.BYTE])

@@ -935,6 +935,9 @@ def what_a_group_refuses() -> None:
         for dests in ([], [0, 1, 2]):
             with raises(ValueError, f"4 heads cannot be divided among {len(dests)} ranks"):
                 group.send(sequence, dests)
+        for call in (lambda: group.send(sequence, [1.0]), lambda: group.recv([1.0])):
+            with raises(TypeError, "cannot be interpreted as an integer"):
+                call()
         with raises(ValueError, "in an open batch"):  # and nobody is told
             group.prepare({group.add([1, 2]): [1], **{key: [1] for key in group.prepare({sequence: [1]}).sequences}})
         with raises(TypeError, "only str, bytes, int, bool and None can be saved or sent"):
@@ -942,7 +945,7 @@ def what_a_group_refuses() -> None:
         assert len(group.sequences) == 2
         with raises(ValueError, "these buffers are another manager's"):
             group.prepare({group.add([1, 2]): [1, 2]}, buffers=a_manager().buffers(1, 2, 1))
-        assert group._calls[-1][0] == "add"
+        assert mpi._CALLS[group._calls[-2][0]] == "add"
     else:
         with raises(ValueError, "rank 0 decides, and the other ranks follow"):
             group.add([1])
