@@ -87,6 +87,7 @@ Steps: TypeAlias = Generator[int, None, T]
 _Tokens: TypeAlias = npt.NDArray[np.int32]
 
 _WORD = struct.Struct("<8sIIQ")  # magic, version, kind, number of the transfer; and then what the kind needs
+_WORD_SIZE = _WORD.size // 4  # as int32
 _MAGIC = b"pagedkv\0"
 _OFFER, _FOUND, _SENT, _DONE, _FAILED = range(5)
 _OFFERS = 1  # the tag of all offers; the tags of a transfer are the next ones, by its number
@@ -280,7 +281,7 @@ class GroupManager(KVCacheManager):
             )
         self._num_heads, self._timeout = num_kv_heads, timeout
         self._comm, self._world = comm.Dup(), world
-        self._message = bytearray(STEP_BYTES)
+        self._message: Any = np.zeros(STEP_BYTES // 4, np.int32)
         # Calls since the last message: each as numbers, of which a list says how many there are, and as texts.
         self._calls: list[Any] = []
         self._texts: list[Any] = []
@@ -458,26 +459,33 @@ class GroupManager(KVCacheManager):
             del self._by_number[self._told.pop(thing)]
 
     def _send_calls(self) -> None:
-        text = json.dumps(self._texts).encode() if self._texts else b""
-        body = np.concatenate(self._calls, dtype=np.int32).tobytes() + text
+        of_text = 0
+        if self._texts:
+            text = json.dumps(self._texts)
+            text += " " * (-len(text) % 4)
+            self._calls.append(np.frombuffer(text.encode(), np.int32))
+            of_text = len(self._calls[-1])
+        numbers = np.concatenate(self._calls, dtype=np.int32)
         self._calls, self._texts = [], []
-        first, rest = body[: STEP_BYTES - _WORD.size], body[STEP_BYTES - _WORD.size :]
-        self._message[: _WORD.size + len(first)] = _WORD.pack(_MAGIC, VERSION, len(text), len(body)) + first
+        room = len(self._message) - _WORD_SIZE
+        first, rest = numbers[:room], numbers[room:]
+        self._message[_WORD_SIZE : _WORD_SIZE + len(first)] = first
+        _WORD.pack_into(self._message, 0, _MAGIC, VERSION, of_text, len(numbers))
         self._broadcast(self._message)
-        if rest:
-            self._broadcast(bytearray(rest))
+        if len(rest):
+            self._broadcast(rest)
 
     def _hear_calls(self) -> None:
         self._broadcast(self._message)
         magic, version, of_text, size = _WORD.unpack_from(self._message)
         if magic != _MAGIC or version != VERSION:
             raise TransferError(f"rank 0 speaks version {version} of the protocol, and this is {VERSION}")
-        body = self._message[_WORD.size : _WORD.size + size]
-        if len(body) < size:
-            body += self._broadcast(bytearray(size - len(body)))
-        self._heard = np.frombuffer(body, np.int32, (size - of_text) // 4)
+        numbers = self._message[_WORD_SIZE : _WORD_SIZE + size].copy()
+        if len(numbers) < size:
+            numbers = np.append(numbers, self._broadcast(np.empty(size - len(numbers), np.int32)))
         if of_text:
-            self._texts = json.loads(body[-of_text:])
+            self._texts = json.loads(numbers[size - of_text :].tobytes())
+        self._heard = numbers[: size - of_text]
 
     def _next_call(self) -> tuple[str, list[npt.NDArray[np.int32]]]:
         """Its name, and its numbers; texts are in line."""
@@ -491,10 +499,12 @@ class GroupManager(KVCacheManager):
         self._heard = self._heard[at:]
         return _CALLS[which], numbers
 
-    def _broadcast(self, message: bytearray) -> bytearray:
+    def _broadcast(self, message: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         request = self._comm.Ibcast([message, MPI.BYTE])
-        if not request.Test():
-            _collective(request, "step of rank 0", self._timeout)
+        for _ in range(50):  # some 10 us, in which it comes in a loop of steps
+            if request.Test():
+                return message
+        _collective(request, "step of rank 0", self._timeout)
         return message
 
     def _agree(self, succeeded: bool) -> Steps[bool]:

@@ -154,7 +154,7 @@ class Counted:
 
     def Ibcast(self, buffer: Any) -> Any:  # noqa: N802
         self.messages["step"] += 1
-        self.bytes["step"] += len(buffer[0])
+        self.bytes["step"] += buffer[0].nbytes
         return self.comm.Ibcast(buffer, 0)
 
     def Iallgather(self, ours: Any, of_all: Any) -> Any:  # noqa: N802
