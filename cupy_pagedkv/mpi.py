@@ -477,8 +477,8 @@ class GroupManager(KVCacheManager):
 
     def _hear_calls(self) -> None:
         self._broadcast(self._message)
-        magic, version, of_text, size = _WORD.unpack_from(self._message)
-        if magic != _MAGIC or version != VERSION:
+        _, version, of_text, size = _WORD.unpack_from(self._message)
+        if version != VERSION:
             raise TransferError(f"rank 0 speaks version {version} of the protocol, and this is {VERSION}")
         numbers = self._message[_WORD_SIZE : _WORD_SIZE + size].copy()
         if len(numbers) < size:
