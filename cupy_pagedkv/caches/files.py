@@ -59,7 +59,7 @@ from ..devices.backend import backend_of
 from .batch import Batch
 from .cache import LayeredPagedKVCache
 from .sequence import CachedSequence
-from .tier import BlockMover
+from .tier import BlockMover, BlockPacker
 
 __all__ = ["DamagedFileError", "load", "save"]
 
@@ -280,18 +280,17 @@ def _in_order(pool: BlockPool) -> list[Run]:
 
 def _read(manager: Manager, blocks: npt.NDArray[np.int32]) -> _Bytes:
     """K and V of blocks, wherever they are, as bytes: ``[n, 2 * num_layers * block_size * num_kv_heads * …]``."""
-    cache = manager._cache
+    cache, packer = manager._cache, BlockPacker(manager._cache)
     backend = backend_of(("the cache",), cache[0].k_cache)
-    out = np.empty((len(blocks), 2, len(cache), cache.block_size, _row_bytes(cache)), np.uint8)
     in_pool = blocks < cache.num_blocks
-    if in_pool.any():
-        count = np.count_nonzero(in_pool)
-        for tensor, rows in enumerate(cache.gather_all(blocks[None, in_pool], [count * cache.block_size])):
-            host = backend.asnumpy(rows.reshape(-1).view(np.uint8))  # as bytes: CuPy does not copy every dtype back
-            out[in_pool, tensor] = host.reshape(len(cache), count, *out.shape[3:]).swapaxes(0, 1)
-    if manager._mover is not None and not in_pool.all():
-        out[~in_pool] = manager._mover.read(blocks[~in_pool]).reshape(-1, *out.shape[1:])
-    return out.reshape(len(blocks), -1)
+    packed = backend.empty((int(np.count_nonzero(in_pool)), packer.num_bytes), np.dtype(np.uint8), manager._place)
+    packer.pack(blocks[in_pool], packed)
+    of_pool: _Bytes = backend.asnumpy(packed)
+    if manager._mover is None:
+        return of_pool
+    out = np.empty((len(blocks), packer.num_bytes), np.uint8)
+    out[in_pool], out[~in_pool] = of_pool, manager._mover.read(blocks[~in_pool])
+    return out
 
 
 def _write_rows(manager: Manager, rows: _Bytes, batch: Batch) -> None:

@@ -13,7 +13,7 @@ from ..operations.copies import gather_cache, reshape_and_cache
 from .cache import LayeredPagedKVCache
 from .sequence import CachedSequence
 
-__all__ = ["BlockMover", "Returning", "block_bytes", "places_in_reserve"]
+__all__ = ["BlockMover", "BlockPacker", "Returning", "block_bytes", "places_in_reserve"]
 
 _Ids: TypeAlias = npt.NDArray[np.int32]
 
@@ -30,24 +30,46 @@ def places_in_reserve(cache: LayeredPagedKVCache, host_blocks: int) -> int:
     return min(cache.num_blocks, host_blocks, max(1, _RESERVE_BYTES // block_bytes(cache)))
 
 
+class BlockPacker:
+    """Blocks of ``cache`` in one piece each, as bytes: ``[2, num_layers, block_size, num_kv_heads, head_dim]``, K
+    before V. On the current stream they are packed and unpacked by the kernels that gather and scatter tokens, to which
+    a block is one long token."""
+
+    def __init__(self, cache: LayeredPagedKVCache) -> None:
+        layers = len(cache)
+        self.num_bytes = block_bytes(cache)
+        """Of a block."""
+        self._shape = (2, layers, 1, self.num_bytes // (2 * layers))
+        self._k_pools, self._v_pools = (
+            pools.view(np.uint8).reshape(layers, cache.num_blocks, 1, 1, self._shape[-1])
+            for pools in (cache._k_caches, cache._v_caches)
+        )
+
+    def pack(self, blocks: _Ids, packed: Any) -> None:
+        """Copy ``blocks`` of the cache to ``packed``, bytes ``[n, num_bytes]`` on its device."""
+        gather_cache(self._k_pools, self._v_pools, blocks[None], [len(packed)], out=self._as_tokens(packed))
+
+    def unpack(self, packed: Any, blocks: _Ids) -> None:
+        """Copy ``packed`` to ``blocks`` of the cache."""
+        reshape_and_cache(*self._as_tokens(packed), self._k_pools, self._v_pools, blocks)
+
+    def _as_tokens(self, packed: Any) -> tuple[Any, Any]:
+        """K and V as tokens ``[num_layers, n, 1, bytes of a layer]``."""
+        of_layers = packed.reshape(len(packed), *self._shape)
+        return of_layers[:, 0].swapaxes(0, 1), of_layers[:, 1].swapaxes(0, 1)
+
+
 class BlockMover:
     """``num_places`` places for blocks of ``cache`` in host memory, which is pinned where the cache is on a GPU.
 
-    A block lies in one piece, ``[2, num_layers, block_size, num_kv_heads, head_dim]``, K before V. Blocks are packed
-    and unpacked on the current stream by the kernels that gather and scatter tokens, to which a block is one long
-    token; between a GPU and the host they travel on streams of their own.
+    A block is packed there; between a GPU and the host blocks travel on streams of their own.
     """
 
     def __init__(self, cache: LayeredPagedKVCache, num_places: int) -> None:
         pool = cache[0].k_cache
         backend = backend_of(("the cache",), pool)
-        layers, num_bytes = len(cache), block_bytes(cache)
-        self._shape = (2, layers, 1, num_bytes // (2 * layers))
-        self._k_pools, self._v_pools = (
-            pools.view(np.uint8).reshape(layers, cache.num_blocks, 1, 1, self._shape[-1])
-            for pools in (cache._k_caches, cache._v_caches)
-        )
-        self._lane = backend.lane(num_places, num_bytes, pool.device)
+        self._packer = BlockPacker(cache)
+        self._lane = backend.lane(num_places, self._packer.num_bytes, pool.device)
         self._first = cache.num_blocks
 
     def store(self, blocks: _Ids, places: _Ids) -> None:
@@ -58,8 +80,7 @@ class BlockMover:
         places = places - self._first
         for piece in self._lane.pieces(places):
             with self._lane.to_host(places[piece]) as packed:
-                tables, out = blocks[None, piece], self._as_tokens(packed)
-                gather_cache(self._k_pools, self._v_pools, tables, [len(packed)], out=out)
+                self._packer.pack(blocks[piece], packed)
 
     def fetch(self, places: _Ids, blocks: _Ids) -> None:
         """Copy what is in places to blocks of the cache. On a GPU this is queued, and the current stream waits for
@@ -68,18 +89,12 @@ class BlockMover:
         places, blocks = places[order] - self._first, blocks[order]
         for piece in self._lane.pieces(places):
             with self._lane.from_host(places[piece]) as packed:
-                key, value = self._as_tokens(packed)
-                reshape_and_cache(key, value, self._k_pools, self._v_pools, blocks[piece])
+                self._packer.unpack(packed, blocks[piece])
 
     def read(self, places: _Ids) -> npt.NDArray[np.uint8]:
         """A copy of what is in places, ``[n, bytes of a block]``, once all copies that were queued are done."""
         num_bytes: npt.NDArray[np.uint8] = self._lane.read(places - self._first)
         return num_bytes
-
-    def _as_tokens(self, packed: Any) -> tuple[Any, Any]:
-        """K and V of packed blocks, ``[n, bytes of a block]``, as tokens ``[num_layers, n, 1, bytes of a layer]``."""
-        of_layers = packed.reshape(len(packed), *self._shape)
-        return of_layers[:, 0].swapaxes(0, 1), of_layers[:, 1].swapaxes(0, 1)
 
 
 class Returning:
