@@ -298,35 +298,6 @@ def a_gpu_has_done_its_part_before_mpi_does_its_own() -> None:
 
 
 @scenario(1)
-def the_end_is_said_when_mpi_has_read_all() -> None:
-    here, there, sends, said = a_manager(), a_manager(), [], []
-    usual_send, usual_say = mpi._Link.send, mpi._Link.say
-
-    class Late:
-        def __init__(self, request: Any) -> None:
-            self.request, self.left = request, 10
-
-        def Test(self, status: Any) -> bool:  # noqa: N802
-            self.left -= 1
-            return self.left < 0 and self.request.Test(status)
-
-    def send(*arguments: Any) -> Any:
-        sends.append(Late(usual_send(*arguments)))
-        return sends[-1]
-
-    def say(link: Any, kind: int, body: bytes = b"") -> None:
-        said.append((kind, [each.left < 0 for each in sends]))
-        usual_say(link, kind, body)
-
-    with small_pieces(), changed(mpi._Link, send=send, say=say):
-        sending, receiving = mpi.isend(here, a_sequence(here, range(50)), WORLD, 0), mpi.irecv(there, WORLD, 0)
-        while not sending.test() & receiving.test():
-            pass
-    assert said[2] == (mpi._SENT, [True] * len(sends))
-    assert len(sends) > mpi.IN_FLIGHT
-
-
-@scenario(1)
 def pools_may_be_larger_than_32_bits() -> None:
     block_bytes, last = 2**16, 40_000
     pools = tuple(np.zeros((1, last + 1, 1, 1, block_bytes), np.uint8) for _ in range(2))  # of which little is touched
