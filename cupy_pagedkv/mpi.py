@@ -24,8 +24,7 @@ A transfer, of which each message has a tag of its own::
     sender                                              receiver
       offer: what K and V are, salt, tokens  ────────►  what of that is here already?
       from which token on?                   ◄────────  found: so many first tokens, and there is room for the rest
-      K and V, a piece at a time             ════════►  K and V, where they belong
-      sent: the sequence was there until now ────────►  commit
+      pack, send, pack, send                 ════════►  receive, unpack, receive, unpack
       done                                   ◄────────  done: committed
 
     either one ── failed: why ──► the other, at any time
@@ -68,7 +67,7 @@ from .operations.copies import gather_cache, reshape_and_cache
 
 __all__ = ["GroupManager", "Request", "TransferError", "gpu_aware", "irecv", "isend", "merge_ranks", "recv", "send"]
 
-VERSION = 2
+VERSION = 1
 """Of the messages. Both sides must have the same."""
 
 PIECE_BYTES = 2**24
@@ -78,7 +77,7 @@ STEP_BYTES = 2**13
 """Of the message with a step of a group; what does not fit comes in a second one."""
 
 IN_FLIGHT = 2
-"""Such messages at once: on a GPU, while MPI has one, another is packed or unpacked."""
+"""Such messages at once: while MPI has some, one is packed or unpacked."""
 
 T = TypeVar("T")
 Steps: TypeAlias = Generator[int, None, T]
@@ -89,7 +88,7 @@ _Tokens: TypeAlias = npt.NDArray[np.int32]
 _WORD = struct.Struct("<8sIIQ")  # magic, version, kind, number of the transfer; and then what the kind needs
 _WORD_SIZE = _WORD.size // 4  # as int32
 _MAGIC = b"pagedkv\0"
-_OFFER, _FOUND, _SENT, _DONE, _FAILED = range(5)
+_OFFER, _FOUND, _DONE, _FAILED = range(4)
 _OFFERS = 1  # the tag of all offers; the tags of a transfer are the next ones, by its number
 _TO_RECEIVER, _TO_SENDER, _DATA = range(3)
 
@@ -165,9 +164,9 @@ def send(
     """Bring a sequence to the manager of rank ``dest``, which calls :func:`recv`. It stays here, too: moving it is
     ``send``, and then ``manager.free``.
 
-    Only K and V that the receiver does not find there by their tokens travel, some MB a message, and from a GPU packed
-    while the one before is on its way. The receiver's block size may differ; layers, heads, head_dim and dtype have to
-    be the same. What is parked in host memory comes back to the pool for that.
+    Only K and V that the receiver does not find there by their tokens travel, some MB a message, packed while the one
+    before is on its way. The receiver's block size may differ; layers, heads, head_dim and dtype have to be the same.
+    What is parked in host memory comes back to the pool for that.
 
     comm
         A communicator of its own, such as ``MPI.COMM_WORLD.Dup()``, unless nobody else receives with any tag or with
@@ -686,8 +685,6 @@ def _sending(
                 lane = _lane(pools, min(piece, len(tokens) - start), link, aware)
                 for i, first in enumerate(range(start, len(tokens), piece)):
                     yield from lane.send(i, batch.block_tables, first, min(first + piece, len(tokens)))
-                yield from lane.finish()
-                link.say(_SENT)
                 yield from link.hear(_DONE, "acknowledgement")
 
         yield from _together([give(part) for part in parts])
@@ -734,7 +731,6 @@ def _receiving(
                 if i + IN_FLIGHT < len(pieces):
                     yield from lane.receive(i + IN_FLIGHT, pieces[i + IN_FLIGHT])
             yield from lane.finish()
-            yield from link.hear(_SENT, "end")  # a sender that gave up may have written to what was on its way
 
         pieces = [offer.piece for offer, _ in offers]
         takes = [take(link, part, piece) for link, part, piece in zip(links, parts, pieces, strict=True)]
@@ -869,22 +865,22 @@ class _Link:
     def say(self, kind: int, body: bytes = b"") -> None:
         """Queue a word."""
         word = _WORD.pack(_MAGIC, VERSION, kind, self._number or 0) + body
-        self._post([word, MPI.BYTE], word, _OFFERS if kind == _OFFER else self._tag(self._says))
+        self._post(word, _OFFERS if kind == _OFFER else self._tag(self._says))
 
-    def send(self, where: list[Any], memory: Any) -> MPI.Request:
-        """Queue data, which are in ``memory``, as MPI is told."""
-        return self._post(where, memory, self._tag(_DATA))
+    def send(self, memory: Any) -> MPI.Request:
+        """Queue data."""
+        return self._post(memory, self._tag(_DATA))
 
-    def receive(self, where: list[Any], memory: Any) -> MPI.Request:
-        """Let the next data come to ``memory``, as MPI is told."""
-        request = self.comm.Irecv(where, self.peer, self._tag(_DATA))
+    def receive(self, *where: Any) -> MPI.Request:
+        """Where the next data go, as MPI is told."""
+        request = self.comm.Irecv(list(where), self.peer, self._tag(_DATA))
         self.awaited = [each for each in self.awaited if each != MPI.REQUEST_NULL]
         self.awaited.append(request)
-        self._keep(request, memory)
+        self._keep(request, where)
         return request
 
-    def _post(self, where: list[Any], memory: Any, tag: int) -> MPI.Request:
-        request = self.comm.Isend(where, self.peer, tag)
+    def _post(self, memory: Any, tag: int) -> MPI.Request:
+        request = self.comm.Isend([memory, MPI.BYTE], self.peer, tag)
         self._keep(request, memory)
         return request
 
@@ -978,32 +974,46 @@ def _tokens_of_a_piece(pools: tuple[Any, Any]) -> int:
 
 def _lane(pools: tuple[Any, Any], num_tokens: int, link: _Link, aware: bool | None) -> "_Lane":
     if isinstance(pools[0], np.ndarray):
-        return _Lane(pools, link)
+        return _Lane(pools, num_tokens, link)
     return _GpuLane(pools, num_tokens, link, gpu_aware(link.comm) if aware is None else aware)
 
 
 class _Lane:
-    """The way of K and V between pools in host memory, some tokens in all layers at a time, of which MPI is told where
-    they lie."""
+    """The way of K and V between pools in host memory, a piece ``[2, num_layers, num_tokens, num_kv_heads, head_dim]``
+    at a time. They are packed into buffers that take turns, and received right where they belong."""
 
-    def __init__(self, pools: tuple[Any, Any], link: _Link) -> None:
+    def __init__(self, pools: tuple[Any, Any], num_tokens: int, link: _Link) -> None:
         self._pools = pools
         self._link = link
         self._row = 2 * pools[0][:, 0, 0].size * pools[0].itemsize  # bytes of a token
+        self._num_bytes = num_tokens * self._row
         self._requests = [MPI.REQUEST_NULL] * IN_FLIGHT
+        self._buffers: list[Any] = []
 
     def send(self, i: int, block_tables: Any, first: int, last: int) -> Steps[None]:
-        """Send piece ``i``, once one more can be on its way: of the one sequence in ``block_tables`` the tokens from
+        """Send piece ``i``, once there is a buffer for it: of the one sequence in ``block_tables`` the tokens from
         ``first`` to ``last``."""
+        self._buffers = self._buffers or self._make_buffers()
         yield from self._mpi_is_done(i)
-        columns, offsets = np.divmod(np.arange(first, last), self._pools[0].shape[2])
-        with self._of_slots(block_tables[0, columns].astype(np.int64), offsets) as where:
-            self._requests[i % IN_FLIGHT] = self._link.send(where, self._pools)
+        memory = self._buffers[i % IN_FLIGHT][: (last - first) * self._row]
+        gather_cache(*self._pools, block_tables, [last], seq_starts=[first], out=self._views(memory))
+        memory = yield from self._packed(i, memory)
+        self._requests[i % IN_FLIGHT] = self._link.send(memory)
 
     def receive(self, i: int, slots: Any) -> Steps[None]:
         """Let piece ``i`` come, which is for ``slots``."""
-        with self._of_slots(*np.divmod(slots, self._pools[0].shape[2])) as where:
-            self._requests[i % IN_FLIGHT] = self._link.receive(where, self._pools)
+        pool, (keys, values) = self._pools[0], (_address(pool) for pool in self._pools)
+        layers, block_size = pool.shape[0], pool.shape[2]
+        row = pool.shape[3] * pool.shape[4] * pool.itemsize
+        places = slots // block_size * pool.strides[1] + slots % block_size * pool.strides[2]
+        ends = np.flatnonzero(np.diff(places, append=-1) != row) + 1  # of runs without a gap
+        counts = np.diff(ends, prepend=0)
+        starts = places[ends - counts]
+        offsets = np.add.outer(np.add.outer([0, values - keys], np.arange(layers) * pool.strides[0]), starts).ravel()
+        where = MPI.BYTE.Create_hindexed(np.tile(counts * row, 2 * layers).tolist(), offsets.tolist()).Commit()
+        memory = MPI.memory.fromaddress(keys, 0)
+        self._requests[i % IN_FLIGHT] = self._link.receive(memory, 1, where)
+        where.Free()
         return
         yield
 
@@ -1012,27 +1022,25 @@ class _Lane:
         yield from self._mpi_is_done(i, len(slots) * self._row)
 
     def finish(self) -> Steps[None]:
-        """Wait until nothing is on its way any more, and all that was received is unpacked."""
-        for i in range(IN_FLIGHT):
-            yield from self._mpi_is_done(i)
+        """Wait until all that was received is unpacked, and its memory is not read any more."""
+        return
+        yield
 
-    @contextmanager
-    def _of_slots(self, blocks: Any, offsets: Any) -> Iterator[list[Any]]:
-        """Where K and V of slots are, as MPI is told: K before V, of each all layers, of each all slots."""
-        pool, (keys, values) = self._pools[0], (_address(pool) for pool in self._pools)
-        row = pool.shape[3] * pool.shape[4] * pool.itemsize
-        places = blocks * pool.strides[1] + offsets * pool.strides[2]
-        ends = np.flatnonzero(np.diff(places, append=-1) != row) + 1  # of runs without a gap
-        counts = np.diff(ends, prepend=0)
-        starts = places[ends - counts]
-        layers = np.arange(len(pool)) * pool.strides[0]
-        starts = np.add.outer(np.add.outer([0, values - keys], layers), starts).ravel()
-        lengths = np.tile(counts * row, 2 * len(pool))
-        where = MPI.BYTE.Create_hindexed(lengths.tolist(), starts.tolist()).Commit()
-        try:
-            yield [MPI.memory.fromaddress(keys, 0), 1, where]
-        finally:
-            where.Free()  # which MPI puts off as long as it needs it
+    def _make_buffers(self) -> list[Any]:
+        backend: Any = backend_of(("the cache",), self._pools[0])
+        place = self._pools[0].device
+        return [backend.empty((self._num_bytes,), np.dtype(np.uint8), place) for _ in range(IN_FLIGHT)]
+
+    def _views(self, memory: Any) -> tuple[Any, Any]:
+        """K and V of a piece."""
+        layers, _, _, heads, head_dim = self._pools[0].shape
+        key, value = memory.view(self._pools[0].dtype).reshape(2, layers, -1, heads, head_dim)
+        return key, value
+
+    def _packed(self, i: int, memory: Any) -> Steps[Any]:
+        """What MPI is to send."""
+        return memory
+        yield
 
     def _mpi_is_done(self, i: int, wanted: int | None = None) -> Steps[None]:
         request, status = self._requests[i % IN_FLIGHT], MPI.Status()
@@ -1048,61 +1056,44 @@ class _Lane:
 
 
 class _GpuLane(_Lane):
-    """Between pools on a GPU, by buffers that take turns, ``[2, num_layers, num_tokens, num_kv_heads, head_dim]``: what
-    packs and unpacks is queued on the current stream, and between that and MPI events are waited for. Where MPI is not
-    aware of GPUs, pinned memory is between them, too."""
+    """The same on a GPU: what packs and unpacks is queued on the current stream, and between that and MPI events are
+    waited for. Where MPI is not aware of GPUs, pinned memory is between them, too."""
 
     def __init__(self, pools: tuple[Any, Any], num_tokens: int, link: _Link, aware: bool) -> None:
-        super().__init__(pools, link)
+        super().__init__(pools, num_tokens, link)
         backend: Any = backend_of(("the cache",), pools[0])
-        num_bytes, place = num_tokens * self._row, pools[0].device
         self._backend = backend
-        self._buffers = [backend.empty((num_bytes,), np.dtype(np.uint8), place) for _ in range(IN_FLIGHT)]
-        self._pinned = None if aware else [backend.empty_pinned(num_bytes) for _ in range(IN_FLIGHT)]
+        self._buffers = self._make_buffers()
         self._events: list[Any] = [None] * IN_FLIGHT
-
-    def send(self, i: int, block_tables: Any, first: int, last: int) -> Steps[None]:
-        yield from self._mpi_is_done(i)
-        packed, pinned = self._memory(i, last - first)
-        stream = self._backend.current_stream()
-        gather_cache(*self._pools, block_tables, [last], seq_starts=[first], out=self._views(packed))
-        if pinned is not None:
-            self._backend.copy_to_host(packed, pinned, stream)
-        self._events[i % IN_FLIGHT] = self._backend.event_behind(stream)
-        yield from self._device_is_done(i)
-        memory = packed if pinned is None else pinned
-        self._requests[i % IN_FLIGHT] = self._link.send([memory, MPI.BYTE], memory)
+        self._pinned = None if aware else [self._backend.empty_pinned(self._num_bytes) for _ in range(IN_FLIGHT)]
 
     def receive(self, i: int, slots: Any) -> Steps[None]:
         yield from self._device_is_done(i)
-        packed, pinned = self._memory(i, len(slots))
-        memory = packed if pinned is None else pinned
-        self._requests[i % IN_FLIGHT] = self._link.receive([memory, MPI.BYTE], memory)
+        buffers = self._buffers if self._pinned is None else self._pinned
+        memory = buffers[i % IN_FLIGHT][: len(slots) * self._row]
+        self._requests[i % IN_FLIGHT] = self._link.receive(memory, MPI.BYTE)
 
     def received(self, i: int, slots: Any) -> Steps[None]:
         yield from super().received(i, slots)
-        packed, pinned = self._memory(i, len(slots))
-        stream = self._backend.current_stream()
-        if pinned is not None:
-            self._backend.copy_from_host(pinned, packed, stream)
-        reshape_and_cache(*self._views(packed), *self._pools, slots)
+        stream, memory = self._backend.current_stream(), self._buffers[i % IN_FLIGHT][: len(slots) * self._row]
+        if self._pinned is not None:
+            self._backend.copy_from_host(self._pinned[i % IN_FLIGHT], memory, stream)
+        reshape_and_cache(*self._views(memory), *self._pools, slots)
         self._events[i % IN_FLIGHT] = self._backend.event_behind(stream)
 
     def finish(self) -> Steps[None]:
-        yield from super().finish()
         for i in range(IN_FLIGHT):
             yield from self._device_is_done(i)
 
-    def _memory(self, i: int, num_tokens: int) -> tuple[Any, Any]:
-        """The buffer of piece ``i``, and the pinned one, if there is one."""
-        of_piece, at = slice(num_tokens * self._row), i % IN_FLIGHT
-        return self._buffers[at][of_piece], None if self._pinned is None else self._pinned[at][of_piece]
-
-    def _views(self, packed: Any) -> tuple[Any, Any]:
-        """K and V of a piece."""
-        layers, _, _, heads, head_dim = self._pools[0].shape
-        key, value = packed.view(self._pools[0].dtype).reshape(2, layers, -1, heads, head_dim)
-        return key, value
+    def _packed(self, i: int, memory: Any) -> Steps[Any]:
+        stream = self._backend.current_stream()
+        if self._pinned is not None:
+            pinned = self._pinned[i % IN_FLIGHT][: len(memory)]
+            self._backend.copy_to_host(memory, pinned, stream)
+            memory = pinned
+        self._events[i % IN_FLIGHT] = self._backend.event_behind(stream)
+        yield from self._device_is_done(i)
+        return memory
 
     def _device_is_done(self, i: int) -> Steps[None]:
         event = self._events[i % IN_FLIGHT]
