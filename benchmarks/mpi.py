@@ -78,19 +78,20 @@ def in_turns(comm: Any, calls: dict[str, Callable[[], float]], rounds: int) -> d
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
-def a_sequence_travels(comm: Any, quick: bool) -> Travel:
-    """16k tokens in 4 layers of 8 heads of 128."""
+def a_sequence_travels(comm: Any, quick: bool, num_layers: int, num_tokens: int) -> Travel:
+    """Of layers with 8 heads of 128."""
     from cupy_pagedkv import KVCacheManager, LayeredPagedKVCache
     from cupy_pagedkv.mpi import recv, send
 
-    num_tokens = 1024 if quick else 16384
-    shape = 4, num_tokens // BLOCK_SIZE + 1, BLOCK_SIZE, 8, 128
+    num_tokens //= 16 if quick else 1
+    shape = num_layers, num_tokens // BLOCK_SIZE + 1, BLOCK_SIZE, 8, 128
     cache = LayeredPagedKVCache(*shape, "float16", device="cpu")
     manager = KVCacheManager(cache)
-    num_bytes = num_tokens * 4 * 2 * 8 * 128 * 2
+    num_bytes = num_tokens * num_layers * 2 * 8 * 128 * 2
     memory = np.ones(num_bytes, np.uint8)
     tokens, sequence = np.arange(num_tokens), None
-    expected = np.random.default_rng(0).integers(0, 1000, (2, 4, num_tokens, 8, 128), np.uint16).view(np.float16)
+    expected = np.random.default_rng(0).integers(0, 1000, (2, num_layers, num_tokens, 8, 128), np.uint16)
+    expected = expected.view(np.float16)
     if comm.rank == 0:
         sequence = manager.add(tokens)
         with manager.prepare({sequence: tokens}) as batch:
@@ -127,7 +128,7 @@ def a_sequence_travels(comm: Any, quick: bool) -> Travel:
     calls = {OURS: ours, MPI_OWN: plain}
     in_turns(comm, calls, 2)
     return Travel(
-        f"a sequence of {num_tokens} tokens",
+        f"a sequence of {num_tokens} tokens in {num_layers} layers",
         num_bytes,
         in_turns(comm, calls, 5 if quick else 15),
         0.7,
@@ -207,7 +208,8 @@ def main() -> None:
     from mpi4py import MPI
 
     comm, quick = MPI.COMM_WORLD.Dup(), "--quick" in sys.argv
-    measured = [a_sequence_travels(comm, quick), *steps_of_a_group(comm, quick)]
+    sequences = [a_sequence_travels(comm, quick, *sizes) for sizes in ((4, 16384), (32, 2048))]
+    measured = [*sequences, *steps_of_a_group(comm, quick)]
     if comm.rank == 0:
         print(json.dumps([asdict(each) for each in measured]))
 

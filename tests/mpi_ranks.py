@@ -559,7 +559,7 @@ def another_version() -> None:
 
 
 def word(kind: int, number: int, body: bytes = b"", magic: bytes = b"pagedkv\0") -> bytes:
-    return struct.pack("<8sIIQ", magic, 1, kind, number) + body
+    return struct.pack("<8sIIQ", magic, 2, kind, number) + body
 
 
 def say(text: bytes, tag: int) -> None:

@@ -342,9 +342,11 @@ def test_ranks_that_are_launched(tmp_path):
     text = run("mpi", "--quick", f"--json={tmp_path / 'out.json'}", "--device=cpu")
     bars = [line.partition(":")[0][7:] for line in text.splitlines() if line.startswith(("met", "MISSED"))]
     assert bars == [
-        "a sequence of 1024 tokens >= 0.7 of MPI's own", "a step of 256 sequences, of its message >= 0.5 of MPI's own",
+        "a sequence of 1024 tokens in 4 layers >= 0.7 of MPI's own",
+        "a sequence of 128 tokens in 32 layers >= 0.7 of MPI's own",
+        "a step of 256 sequences, of its message >= 0.5 of MPI's own",
         "a step of 256 sequences, of its arrays >= 0.5 of MPI's own",
-    ]  # fmt: skip
+    ]
     assert "the step, beyond the ranks' own work" in text
     report = json.loads((tmp_path / "out.json").read_text())
     for each in report["mpi"]:
