@@ -287,7 +287,7 @@ class GroupManager(KVCacheManager):
         self._heard = np.zeros(0, np.int32)  # what is still to be done here
         self._told: dict[CachedSequence | Batch, int] = {}  # what other ranks are told instead of these
         self._by_number: dict[int, Any] = {}  # and the other way round
-        self._names = itertools.count()
+        self._unused: list[int] = []  # numbers of what is gone
         self._following = comm.rank > 0
         self._is_silent = False
 
@@ -450,12 +450,14 @@ class GroupManager(KVCacheManager):
 
     def _name(self, thing: CachedSequence | Batch) -> None:
         if not self._is_silent:
-            self._told[thing] = name = next(self._names)
-            self._by_number[name] = thing
+            number = self._unused.pop() if self._unused else len(self._told)
+            self._told[thing], self._by_number[number] = number, thing
 
     def _forget(self, thing: CachedSequence | Batch) -> None:
         if thing in self._told:
-            del self._by_number[self._told.pop(thing)]
+            number = self._told.pop(thing)
+            del self._by_number[number]
+            self._unused.append(number)
 
     def _send_calls(self) -> None:
         of_text = 0

@@ -852,6 +852,45 @@ def a_long_prompt_takes_a_second_message() -> None:
 
 
 @scenario(2)
+def a_group_is_told_whether_mpi_takes_memory_of_a_gpu() -> None:
+    group, seen = a_group(WORLD, world=WORLD), []
+
+    def sending(*arguments: Any) -> Any:
+        seen.append(("send", arguments[6]))
+        return
+        yield
+
+    def receiving(*arguments: Any) -> Any:
+        seen.append(("recv", arguments[5]))
+        return object()
+        yield
+
+    with changed(mpi, _sending=sending, _receiving=receiving):
+        if RANK == 0:
+            sequence = group.add([1])
+            for aware in (None, False, True):
+                group.send(sequence, [0, 1], gpu_aware=aware)
+                group.recv([0, 1], gpu_aware=aware)
+            group.close()
+        else:
+            assert group.follow() is None
+    assert seen == [(way, aware) for aware in (None, False, True) for way in ("send", "recv")]
+
+
+@scenario(1)
+def numbers_of_what_is_gone_are_used_again() -> None:
+    """Or they would not fit into 32 bits some day."""
+    group = a_group(ALONE)
+    first, second = group.add([1]), group.add([2])
+    for token in range(20):
+        batch = group.prepare({first: [token]})
+        assert [group._told[each] for each in (first, second, batch)] == [0, 1, 2]
+        group.commit(batch)
+    group.free(first)
+    assert group._told == {second: 1, group.add([3]): 0}
+
+
+@scenario(2)
 def what_a_group_refuses() -> None:
     for heads, text in ((3, "3 heads cannot be divided among 2 ranks"), (1, "1 heads cannot"),
                         (8, "each of 2 ranks has 4 of 8 heads, but the cache has 2")):  # fmt: skip

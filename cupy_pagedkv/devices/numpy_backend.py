@@ -245,11 +245,12 @@ class NumpyBackend(HostArrays):
                         pool[:, block, offset] = tokens[:, token]
             return
         if slot_mapping.item(slot_mapping.argmin()) < 0:
-            written: Any = np.flatnonzero(slot_mapping >= 0)
-            if len(written) and written[-1] == len(written) - 1:
-                written = slice(len(written))  # all padding is at the end, and nothing has to be copied twice
+            written = np.flatnonzero(slot_mapping >= 0)
             slot_mapping = slot_mapping[written]
-            tensors = [(tokens[:, written], pool, items) for tokens, pool, items in tensors]
+            if len(written) and written[-1] == len(written) - 1:  # all padding is at the end: nothing is copied twice
+                tensors = [(tokens[:, : len(written)], pool, items) for tokens, pool, items in tensors]
+            else:  # indexing would put tokens before layers
+                tensors = [(tokens.take(written, 1), pool, items) for tokens, pool, items in tensors]
         num_bytes = len(slot_mapping) * layout.token_bytes * layout.num_layers
         if num_bytes < threads.SHARED_BYTES:
             for tokens, pool, items in tensors:
