@@ -461,7 +461,7 @@ def test_a_wrong_byte_in_host_memory_is_found(monkeypatch):
 
     def spoiled(self, places, blocks):
         fetch(self, places, blocks)
-        self._v_pools[1, blocks[0], 0, 0, 5] ^= 1
+        self._packer._v_pools[1, blocks[0], 0, 0, 5] ^= 1
 
     monkeypatch.setattr(BlockMover, "fetch", spoiled)
     with pytest.raises(MismatchError, match="request 2, layer 1, V: 1 tokens differ"):
