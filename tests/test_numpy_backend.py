@@ -477,4 +477,4 @@ def test_layers_are_copied_together(monkeypatch, rng, largest_job, num_jobs, muc
         for tensor, layer in np.ndindex(2, 5):
             rows = oracle.gather(pools(expected)[tensor, layer], tables, lens, [0] * len(lens))
             assert out[tensor, layer, : len(rows)].tobytes() == rows.tobytes()
-    assert calls[:3] == [num_jobs] * 3
+    assert calls == [num_jobs] * 3 + [min(num_jobs, 2 * 5)]  # tokens of many sequences are not divided

@@ -289,6 +289,9 @@ class NumpyBackend(HostArrays):
         block_size = layout.block_size
         num_seqs = len(seq_lens)
         num_bytes = num_rows * layout.token_bytes * layout.num_layers
+        step = _tokens_of_a_job(layout, num_bytes)
+        if layout.num_layers > 1:
+            tensors = _layers_of_jobs(tensors, step // num_rows)
         if num_seqs > _FEW_SEQUENCES and num_rows < num_seqs * _WORTHWHILE_TOKENS:
             blocks, offsets = _places(block_tables, seq_lens, seq_starts, block_size)
             threads.run(
@@ -299,9 +302,6 @@ class NumpyBackend(HostArrays):
                 num_bytes,
             )
             return
-        step = _tokens_of_a_job(layout, num_bytes)
-        if layout.num_layers > 1:
-            tensors = _layers_of_jobs(tensors, step // num_rows)
         by_runs = any(items is None for _, _, items in tensors)
         starts = None if seq_starts is None else seq_starts.tolist()
         jobs: list[Job] = []
