@@ -286,7 +286,7 @@ def _read(manager: Manager, blocks: npt.NDArray[np.int32]) -> _Bytes:
     packed = backend.empty((int(np.count_nonzero(in_pool)), packer.num_bytes), np.dtype(np.uint8), manager._place)
     packer.pack(blocks[in_pool], packed)
     of_pool: _Bytes = backend.asnumpy(packed)
-    if manager._mover is None:
+    if manager._mover is None or in_pool.all():
         return of_pool
     out = np.empty((len(blocks), packer.num_bytes), np.uint8)
     out[in_pool], out[~in_pool] = of_pool, manager._mover.read(blocks[~in_pool])
